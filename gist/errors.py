@@ -1,0 +1,49 @@
+"""Errors that a user can act on: what went wrong, what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GistError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    Args:
+        what: One sentence naming the thing that is wrong.
+        got: The offending value.
+        expected: What would have been accepted.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(
+        self, what: str, *, got: Any = None, expected: Any = None, remedy: str | None = None
+    ) -> None:
+        parts = [what.rstrip(".")]
+        if got is not None:
+            parts.append(f"got: {got}")
+        if expected is not None:
+            parts.append(f"expected: {expected}")
+        if remedy is not None:
+            parts.append(f"remedy: {remedy}")
+        super().__init__("; ".join(parts))
+        self.what, self.got, self.expected, self.remedy = what, got, expected, remedy
+
+
+class ConfigError(GistError, ValueError):
+    """A setting that cannot be used."""
+
+
+class DataError(GistError, ValueError):
+    """Input data that cannot be trained on."""
+
+
+class PartitionError(GistError, ValueError):
+    """A model, spec or assignment that cannot be partitioned."""
+
+
+class CheckpointError(GistError, ValueError):
+    """A checkpoint that is missing, damaged or of another run."""
+
+
+class MissingDependencyError(GistError, ImportError):
+    """An optional package is needed and not installed."""

@@ -1,0 +1,1 @@
+"""The partition engine: tensors and index sets only; no graphs, no data, no processes."""

@@ -1,0 +1,219 @@
+"""Rules for the layers of ``torch.nn``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gist.partition.builder import Layer
+from gist.partition.rules.registry import Rule, register_rule, rule_of
+from gist.partition.spec import Axis
+
+
+class OnHeld(nn.Module):
+    """A layer that sees only the held features; the others come out as zero.
+
+    Turns a layer over ``k`` held features into one over all ``d``: ``[..., d] -> [..., d]``.
+    """
+
+    def __init__(self, narrowed: nn.Module, held: Tensor) -> None:
+        super().__init__()
+        self.narrowed, self.held = narrowed, held
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Applies the layer to the held features."""
+        out = torch.zeros_like(x)
+        out[..., self.held] = self.narrowed(x[..., self.held], *args, **kwargs)
+        return out
+
+
+@register_rule(nn.Linear)
+class LinearRule(Rule):
+    """``y = x Wᵀ + b``: rows of W and b follow the output units, columns the input units."""
+
+    contracts = True
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`. An input of several positions per unit was flattened."""
+        rows, columns = layer.module.weight.shape
+        inp = layer.input
+        if inp is not None and columns % inp.size == 0:
+            inp = inp.widen(columns // inp.size)
+        elif inp is not None:
+            layer.refuse(f"takes {columns} input features, but the wiring brings {inp.size}")
+        out = layer.produce(rows)
+        layer.follow("weight", (0, out), (1, inp))
+        layer.follow("bias", (0, out))
+        return out
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        module.out_features, module.in_features = module.weight.shape
+
+
+@register_rule(nn.Conv2d)
+class Conv2dRule(Rule):
+    """Units are filters: output channels, with the next layer's input channels."""
+
+    contracts = True
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`. Grouped convolutions are refused."""
+        conv = layer.module
+        if conv.groups != 1:
+            layer.refuse(f"grouped convolutions cannot be partitioned (groups={conv.groups})")
+        out = layer.produce(conv.out_channels)
+        layer.follow("weight", (0, out), (1, layer.expect_input(conv.in_channels)))
+        layer.follow("bias", (0, out))
+        return out
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+
+
+@register_rule(nn.BatchNorm1d, nn.BatchNorm2d)
+class BatchNormRule(Rule):
+    """Affine parameters and running statistics follow their feature; the step count is shared."""
+
+    normalizes = True
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`."""
+        norm = layer.module
+        axis = layer.expect_input(norm.num_features)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            layer.follow(name, (0, axis))
+        layer.follow("num_batches_tracked")
+        return axis
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        if input is not None:
+            module.num_features = input
+
+
+@register_rule(nn.LayerNorm)
+class LayerNormRule(Rule):
+    """Normalises over the features a subnet holds; affine parameters follow their feature."""
+
+    normalizes = True
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`. Only the last dimension may be normalised."""
+        norm = layer.module
+        if len(norm.normalized_shape) != 1:
+            layer.refuse(f"normalises over {norm.normalized_shape}; only the last dim can be")
+        axis = layer.expect_input(norm.normalized_shape[0])
+        layer.follow("weight", (0, axis))
+        layer.follow("bias", (0, axis))
+        return axis
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        if input is not None:
+            module.normalized_shape = (input,)
+
+    def masked(self, module: Any, narrowed: Any, held: Tensor | None) -> nn.Module | None:
+        """See :meth:`Rule.masked`: statistics are taken over the held features alone."""
+        return None if held is None else OnHeld(narrowed, held)
+
+
+@register_rule(nn.Embedding)
+class EmbeddingRule(Rule):
+    """Columns of the table are the output units."""
+
+    def produces(self, module: Any) -> bool:
+        """See :meth:`Rule.produces`."""
+        return True
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`. ``max_norm`` mixes the columns and is refused."""
+        table = layer.module
+        if table.max_norm is not None:
+            layer.refuse("max_norm rescales rows by all their columns, which mixes units")
+        out = layer.produce(table.embedding_dim)
+        layer.follow("weight", (1, out))
+        return out
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        module.embedding_dim = module.weight.size(1)
+
+
+@register_rule(
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.Hardsigmoid,
+    nn.Flatten,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+class ElementwiseRule(Rule):
+    """Treats every feature alike and on its own, and has no parameters: hands its input on."""
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`."""
+        return layer.input
+
+
+@register_rule(nn.PReLU)
+class PReLURule(Rule):
+    """One slope for all features is shared; one per feature follows it."""
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`."""
+        slopes = layer.module.weight.numel()
+        layer.follow("weight", (0, layer.expect_input(slopes) if slopes > 1 else None))
+        return layer.input
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        module.num_parameters = module.weight.numel()
+
+
+@register_rule(nn.Sequential)
+class SequentialRule(Rule):
+    """A chain: inner layers that contract get unit groups of their own, the last is the output."""
+
+    def produces(self, module: Any) -> bool:
+        """See :meth:`Rule.produces`."""
+        return any(rule_of(child).produces(child) for child in module.children())
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`."""
+        return connect_chain(layer, [name for name, _ in layer.module.named_children()])
+
+
+def connect_chain(layer: Layer, names: list[str]) -> Axis | None:
+    """Connects submodules in a row; the last that produces units produces the layer's own."""
+    modules = {name: layer.module.get_submodule(name) for name in names}
+    producers = [name for name in names if rule_of(modules[name]).produces(modules[name])]
+    axis = layer.input
+    for name in names:
+        if name in producers[:-1]:
+            axis = layer.inner(name, axis)
+        else:
+            axis = layer.child(name, axis, produces=name in producers)
+    return axis

@@ -1,0 +1,149 @@
+"""Samplers: pure functions from (seed, round) to an :class:`Assignment`.
+
+Every group is drawn from a stream of its own, named by (seed, round, group), so a deal depends
+neither on the executor nor on which other groups the model has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from gist.errors import ConfigError, PartitionError
+from gist.partition.assignment import Assignment
+from gist.partition.streams import stream
+
+
+class Sampler(ABC):
+    """Deals the units of every group to m subnets; subclasses deal one group."""
+
+    def __call__(
+        self, sizes: Mapping[str, int], num_subnets: int, *, seed: int, round: int
+    ) -> Assignment:
+        """Draws the assignment of one round.
+
+        Args:
+            sizes: Units per group.
+            num_subnets: m.
+            seed: Seed of the run.
+            round: Index of the round.
+
+        Raises:
+            PartitionError: m is below 1 or above the size of the smallest group.
+        """
+        if num_subnets < 1:
+            raise PartitionError("at least one subnet is needed", got=num_subnets)
+        small = min(sizes, key=lambda g: sizes[g], default=None)
+        if small is not None and num_subnets > sizes[small]:
+            raise PartitionError(
+                "more subnets than units: every subnet must hold at least one unit of every group",
+                got=f"num_subnets={num_subnets}, group {small!r} has {sizes[small]} units",
+                expected=f"num_subnets <= {sizes[small]}",
+                remedy="lower num_subnets or widen that layer",
+            )
+        held = {}
+        for group, size in sizes.items():
+            generator = stream("assignment", seed, round, group)
+            dealt = self.deal(size, num_subnets, generator)
+            held[group] = tuple(units.sort().values for units in dealt)
+        return Assignment(round=round, sizes=dict(sizes), held=held)
+
+    @abstractmethod
+    def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
+        """Units of each subnet, in any order, each at least one; 1 <= num_subnets <= size."""
+
+
+@dataclass(frozen=True)
+class DisjointUniform(Sampler):
+    """A uniformly random partition into m blocks (GIST, Algorithm 1, ``subGCNs``; IST).
+
+    Where m does not divide the size, the first subnets hold one unit more.
+    """
+
+    def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
+        """See :meth:`Sampler.deal`."""
+        return list(torch.randperm(size, generator=generator).tensor_split(num_subnets))
+
+
+@dataclass(frozen=True)
+class Overlapping(Sampler):
+    """A uniform partition in which every subnet is topped up to ``min_units`` units per group.
+
+    The extra units are drawn uniformly from those the subnet does not hold, as the minimum depth
+    of ResIST does with residual blocks; copies are averaged on merging.
+    """
+
+    min_units: int
+
+    def __post_init__(self) -> None:
+        if self.min_units < 1:
+            raise ConfigError("min_units must be at least 1", got=self.min_units)
+
+    def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
+        """See :meth:`Sampler.deal`."""
+        dealt = DisjointUniform().deal(size, num_subnets, generator)
+        return [_top_up(units, min(self.min_units, size), size, generator) for units in dealt]
+
+
+@dataclass(frozen=True)
+class Bernoulli(Sampler):
+    """Every subnet holds every unit with probability ``keep``, independently (masked neurons).
+
+    A subnet that would be left without any unit is given one, drawn uniformly: a layer without
+    units computes nothing.
+    """
+
+    keep: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.keep <= 1.0:
+            raise ConfigError("keep must be a probability above 0", got=self.keep)
+
+    def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
+        """See :meth:`Sampler.deal`."""
+        masks = torch.rand(num_subnets, size, generator=generator) < self.keep
+        return [_top_up(mask.nonzero()[:, 0], 1, size, generator) for mask in masks]
+
+
+@dataclass(frozen=True)
+class Categorical(Sampler):
+    """Every unit goes to exactly one subnet, drawn independently (masked neurons, IST).
+
+    Subnet ``i`` is drawn with probability ``p[i]``; uniformly where ``p`` is None. A subnet that
+    would be left without any unit takes one from the subnet that holds most.
+    """
+
+    p: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.p is not None and (min(self.p, default=0.0) < 0 or abs(sum(self.p) - 1) > 1e-6):
+            raise ConfigError("p must be probabilities that sum to 1", got=self.p)
+
+    def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
+        """See :meth:`Sampler.deal`."""
+        if self.p is not None and len(self.p) != num_subnets:
+            raise PartitionError(
+                "Categorical needs one probability per subnet",
+                got=f"{len(self.p)} probabilities",
+                expected=f"{num_subnets}",
+            )
+        weights = torch.ones(num_subnets) if self.p is None else torch.tensor(self.p)
+        owner = torch.multinomial(weights, size, replacement=True, generator=generator)
+        for subnet in range(num_subnets):
+            if not bool((owner == subnet).any()):
+                richest = torch.bincount(owner, minlength=num_subnets).argmax()
+                owner[(owner == richest).nonzero()[0]] = subnet
+        return [(owner == subnet).nonzero()[:, 0] for subnet in range(num_subnets)]
+
+
+def _top_up(units: Tensor, at_least: int, size: int, generator: Generator) -> Tensor:
+    missing = at_least - units.numel()
+    if missing <= 0:
+        return units
+    order = torch.randperm(size, generator=generator)
+    others = order[~torch.isin(order, units)]
+    return torch.cat([units, others[:missing]])
