@@ -1,0 +1,289 @@
+"""Dataset cards: where a dataset comes from, what is in it, and how to train on it.
+
+A card is a YAML file in ``datasets/`` of the source tree, installed as ``gist/_cards/``.
+``python -m gist.graph.cards`` writes ``datasets/README.md``, a table of all cards.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from gist.errors import ConfigError, DataError
+from gist.graph.metrics import METRICS, Metric, Task
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PLACES = (_PACKAGE / "_cards", _PACKAGE.parent / "datasets")  # a wheel, a source tree
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Number of nodes in each split."""
+
+    train: int
+    val: int
+    test: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperResult:
+    """Table 1 of the GIST paper (Wolfe et al., arXiv 2102.10424): its settings and accuracies.
+
+    Attributes:
+        layers: Layers of the GCN.
+        hidden: Width of each hidden layer.
+        epochs: Total budget.
+        local_steps: Steps between two merges.
+        accuracy: Test accuracy in percent for each number of subnets; 1 is the full model.
+    """
+
+    layers: int
+    hidden: int
+    epochs: int
+    local_steps: int
+    accuracy: dict[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Settings to start from, by the names of model and trainer options.
+
+    Attributes:
+        model: Name of the reference model.
+        hidden: Width of each hidden layer.
+        layers: Number of layers.
+        norm: Normalisation after each hidden layer; None for none.
+        dropout: Share of activations dropped.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        schedule: Name of the learning-rate schedule.
+        epochs: Total budget, split over the subnets.
+        local_steps: Steps between two merges.
+    """
+
+    model: str
+    hidden: int
+    layers: int
+    norm: str | None
+    dropout: float
+    lr: float
+    weight_decay: float
+    schedule: str
+    epochs: int
+    local_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Recommended settings, and what changes from so many subnets on."""
+
+    defaults: TrainingSettings
+    subnets: dict[int, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is known of one dataset.
+
+    Attributes:
+        name: As :func:`gist.load_dataset` takes it; also the name of the file.
+        title: One line.
+        source: Where the data comes from.
+        licence: Under what terms.
+        citation: Whom to cite.
+        nodes: Number of nodes.
+        edges: Number of directed edges as stored: an undirected edge counts twice.
+        features: Number of features.
+        classes: Number of output columns.
+        task: Kind of labels.
+        metric: What is reported.
+        split: Nodes in each split.
+        checksums: Raw files, as paths below the data folder, with their SHA-256; None where it is
+            not known. Empty for generated data.
+        paper: The GIST paper's results, None where it has none.
+        settings: Where to start training from.
+        note: Anything else worth knowing.
+    """
+
+    name: str
+    title: str
+    source: str
+    licence: str
+    citation: str
+    nodes: int
+    edges: int
+    features: int
+    classes: int
+    task: Task
+    metric: Metric
+    split: Split
+    checksums: dict[str, str | None]
+    paper: PaperResult | None
+    settings: Settings
+    note: str
+
+    def settings_for(self, num_subnets: int) -> dict[str, Any]:
+        """Recommended settings for m subnets: the defaults, changed as the card says.
+
+        Changes apply from their number of subnets up to the next one listed: with changes for 2
+        and 8, four subnets take those for 2 and sixteen those for 8.
+
+        Args:
+            num_subnets: m.
+
+        Returns:
+            Values by setting name.
+        """
+        settings = dict(vars(self.settings.defaults))
+        listed = [m for m in self.settings.subnets if m <= num_subnets]
+        return settings | (self.settings.subnets[max(listed)] if listed else {})
+
+
+def list_cards() -> list[str]:
+    """Names of all known datasets, sorted.
+
+    Raises:
+        DataError: the folder of cards is missing from the installation.
+    """
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+@cache
+def load_card(name: str) -> Card:
+    """The card of one dataset.
+
+    Args:
+        name: Its name, in any case.
+
+    Raises:
+        ConfigError: no such dataset; lists the known ones.
+        DataError: the card is damaged: names the file and the key.
+    """
+    known = list_cards()
+    if name.lower() not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=1)
+        raise ConfigError(
+            "unknown dataset",
+            got=repr(name),
+            expected=" or ".join(known),
+            remedy=f"did you mean {close[0]!r}?" if close else None,
+        )
+    return read_card(_folder() / f"{name.lower()}.yaml")
+
+
+def read_card(path: Path) -> Card:
+    """Reads and checks one YAML file.
+
+    Raises:
+        DataError: it is no YAML, a key is missing or unknown, or a value has the wrong type.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path.name} is not valid YAML", got=error) from error
+    card = _record(Card, raw, path.name)
+    _require(card.name == path.stem, f"{path.name}: name", card.name, path.stem)
+    _require(card.task in METRICS, f"{path.name}: task", card.task, " or ".join(METRICS))
+    metrics = METRICS[card.task]
+    _require(card.metric in metrics, f"{path.name}: metric", card.metric, " or ".join(metrics))
+    for m, changes in card.settings.subnets.items():
+        # a change is sound if the settings with it are
+        changed = vars(card.settings.defaults) | changes
+        _record(TrainingSettings, changed, f"{path.name}: settings.subnets.{m}")
+    return card
+
+
+def _record(cls: type[_Record], raw: Any, where: str) -> _Record:
+    """A dataclass from a mapping with exactly its fields."""
+    types_ = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    _require(isinstance(raw, dict), where, type(raw).__name__, f"a mapping with {', '.join(names)}")
+    if unknown := [str(key) for key in raw if key not in names]:
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        raise DataError(
+            f"{where}: unknown key",
+            got=", ".join(unknown),
+            expected=", ".join(names),
+            remedy=f"did you mean {close[0]!r}?" if close else None,
+        )
+    missing = [name for name in names if name not in raw]
+    _require(not missing, f"{where}: missing key", ", ".join(missing), ", ".join(names))
+    return cls(**{name: _value(types_[name], raw[name], f"{where}: {name}") for name in names})
+
+
+def _value(kind: Any, raw: Any, where: str) -> Any:
+    """``raw`` as a ``kind``: a dataclass, dict, optional or plain type."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _record(kind, raw, where)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        return None if raw is None else _value(inner[0], raw, where)
+    if origin is dict:
+        _require(isinstance(raw, dict), where, repr(raw), "a mapping")
+        return {
+            _value(inner[0], key, where): _value(inner[1], value, f"{where}.{key}")
+            for key, value in raw.items()
+        }
+    if kind is Any:
+        return raw
+    plain = kind if isinstance(kind, type) else str  # a Literal of strings
+    accepted = (int, float) if plain is float else plain
+    fits = isinstance(raw, accepted) and not isinstance(raw, bool)
+    _require(fits, where, repr(raw), plain.__name__)
+    return raw
+
+
+def _require(ok: bool, what: str, got: Any, expected: Any) -> None:
+    if not ok:
+        raise DataError(f"damaged dataset card: {what}", got=got, expected=expected)
+
+
+def _folder() -> Path:
+    for place in _PLACES:
+        if any(place.glob("*.yaml")):
+            return place
+    raise DataError(
+        "the dataset cards are missing from this installation",
+        got=f"no *.yaml in {' or '.join(map(str, _PLACES))}",
+        remedy="install the package again",
+    )
+
+
+def readme() -> str:
+    """The text of ``datasets/README.md``: one row for each card."""
+    head = ["name", "what", "nodes", "edges", "features", "classes", "task and metric"]
+    head += ["train / val / test", "licence", "source"]
+    rows = [head, ["---"] * len(head)]
+    for card in map(load_card, list_cards()):
+        split = f"{card.split.train:,} / {card.split.val:,} / {card.split.test:,}"
+        counts = (f"{n:,}" for n in (card.nodes, card.edges, card.features, card.classes))
+        task = f"{card.task}, {card.metric}"
+        rows.append([f"`{card.name}`", card.title, *counts, task, split, card.licence, card.source])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        "# Dataset cards\n\n"
+        "One YAML file per dataset: source, licence, statistics, checksums of the raw files, the\n"
+        "GIST paper's results and our settings. Edges are directed edges as stored: an undirected\n"
+        "edge counts twice. This table is written by `python -m gist.graph.cards`.\n\n"
+        f"{table}\n"
+    )
+
+
+def main() -> None:
+    """Rewrites the table next to the cards."""
+    target = _folder() / "README.md"
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    partial.write_text(readme(), encoding="utf-8")
+    partial.replace(target)
+
+
+if __name__ == "__main__":
+    main()

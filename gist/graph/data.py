@@ -1,0 +1,473 @@
+"""One graph with everything that training on it needs, checked once on entry.
+
+Shape legend: ``N`` nodes, ``E`` directed edges, ``F`` features, ``C`` output columns.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from gist.errors import ConfigError, DataError
+from gist.graph import convert
+from gist.graph.adjacency import Adjacency
+from gist.graph.convert import SPLITS
+from gist.graph.metrics import METRICS, Metric, Task, one_of
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class GraphData:
+    """A graph, its features, labels and splits.
+
+    Build it from what you have with :meth:`from_pyg`, :meth:`from_edges`, :meth:`from_scipy` or
+    :meth:`from_networkx`; the constructor takes tensors in their final form. Nodes outside all
+    splits need no label. Duplicate edges and self loops are kept as they are.
+
+    Attributes:
+        x: ``[N, F]`` features, made contiguous float32 (float64 is kept). Products with the graph
+            are computed once and remembered.
+        adjacency: The edges.
+        y: Labels: ``[N]`` int64 (multiclass), ``[N]`` float 0/1 (binary), ``[N, C]`` float 0/1
+            (multilabel).
+        train_mask: ``[N]`` bool. The three splits share no node and none is empty.
+        val_mask: ``[N]`` bool.
+        test_mask: ``[N]`` bool.
+        num_classes: Output columns that a model needs, ``C``; 1 for binary.
+        task: ``"multiclass"``, ``"multilabel"`` or ``"binary"``.
+        metric: ``"accuracy"``, ``"micro_f1"`` or ``"roc_auc"``, as ``METRICS`` allows for the task.
+        directed: Whether edges without a reverse are meant.
+        name: For reports.
+
+    Raises:
+        DataError: anything that cannot be trained on, see the messages.
+        ConfigError: an unknown task or metric, or a metric that does not fit the task.
+    """
+
+    x: Tensor
+    adjacency: Adjacency
+    y: Tensor
+    train_mask: Tensor
+    val_mask: Tensor
+    test_mask: Tensor
+    num_classes: int
+    task: Task
+    metric: Metric
+    directed: bool = False
+    name: str = "graph"
+
+    def __post_init__(self) -> None:
+        self._check_layout()
+        object.__setattr__(self, "x", _as_float(self.x))
+        _check_task(self.task, self.metric, self.num_classes)
+        self._check_splits()
+        self._check_labels()
+        self._check_symmetry()
+        self.adjacency.remember(self.x)
+
+    def __repr__(self) -> str:
+        split = " / ".join(f"{int(self.mask(name).sum()):,}" for name in SPLITS)
+        kind = "directed, " if self.directed else ""
+        return (
+            f"GraphData({self.name!r}, {self.num_nodes:,} nodes, {self.num_edges:,} edges, {kind}"
+            f"{self.num_features:,} features, {self.task} with {self.num_classes} outputs, "
+            f"{self.metric}, split {split}, {self.x.dtype} on {self.x.device})"
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        """``N``."""
+        return self.x.size(0)
+
+    @property
+    def num_edges(self) -> int:
+        """``E``: stored directed edges; an undirected edge counts twice."""
+        return self.adjacency.num_edges
+
+    @property
+    def num_features(self) -> int:
+        """``F``."""
+        return self.x.size(1)
+
+    @property
+    def edge_index(self) -> Tensor:
+        """``[2, E]``: sources and targets."""
+        return self.adjacency.edge_index
+
+    @property
+    def edge_weight(self) -> Tensor | None:
+        """``[E]``, or None for an unweighted graph."""
+        return self.adjacency.edge_weight
+
+    def mask(self, split: str) -> Tensor:
+        """The mask ``[N]`` of ``"train"``, ``"val"`` or ``"test"``."""
+        one_of("split", split, SPLITS)
+        mask: Tensor = getattr(self, f"{split}_mask")
+        return mask
+
+    def to(self, device: torch.device | str) -> GraphData:
+        """The same graph on ``device``; itself where it is there already."""
+        if torch.empty(0, device=device).device == self.x.device:
+            return self
+        moved = copy.copy(self)  # checked already: not through the constructor
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor | Adjacency):
+                object.__setattr__(moved, field.name, value.to(device))
+        moved.adjacency.remember(moved.x)
+        return moved
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of edges, weights, features, labels and splits, in their order.
+
+        The same on every device; checkpoints carry it to notice that the data changed.
+        """
+        digest = hashlib.sha256(f"{self.task} {self.num_classes} {self.directed}".encode())
+        tensors = (self.edge_index, self.edge_weight, self.x, self.y)
+        for tensor in (*tensors, *(self.mask(name) for name in SPLITS)):
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    @classmethod
+    def from_edges(
+        cls,
+        edge_index: Any,
+        x: Any,
+        y: Any,
+        *,
+        train: Any,
+        val: Any,
+        test: Any,
+        edge_weight: Any = None,
+        task: Task | None = None,
+        num_classes: int | None = None,
+        metric: Metric | None = None,
+        directed: bool = False,
+        symmetrize: bool = False,
+        name: str = "graph",
+    ) -> GraphData:
+        """Takes numpy arrays, tensors or lists; everything moves to the device of ``x``.
+
+        Args:
+            edge_index: ``[2, E]`` whole numbers: sources and targets, each direction listed.
+            x: ``[N, F]`` features. Arrays get torch's default dtype; tensors keep float32 or
+                float64.
+            y: ``[N]`` or ``[N, 1]`` labels, or ``[N, C]`` 0/1 for multilabel. Nodes outside all
+                splits may have -1 or NaN.
+            train: A boolean mask ``[N]``, or node indices.
+            val: As ``train``.
+            test: As ``train``.
+            edge_weight: ``[E]`` numbers.
+            task: Without it one label per node means multiclass, a row of labels multilabel.
+            num_classes: Without it the largest label plus one, or the columns of ``y``.
+            metric: Without it accuracy, or micro-F1 for multilabel.
+            directed: Edges without a reverse are meant.
+            symmetrize: Add the reverse of each edge that has none of the same weight.
+            name: For reports.
+
+        Raises:
+            DataError: data that cannot be trained on.
+            ConfigError: settings that contradict one another.
+        """
+        if directed and symmetrize:
+            raise ConfigError(
+                "a symmetrised graph is not directed",
+                got="directed=True, symmetrize=True",
+                expected="at most one of them",
+            )
+        features = convert.as_features(x)
+        if features.dim() != 2:
+            raise _bad_features(features)
+        device, num_nodes = features.device, features.size(0)
+        labels, task, num_classes = convert.as_labels(y, task, num_classes)
+        edges = convert.as_tensor("edge_index", edge_index).to(device)
+        weight = None
+        if edge_weight is not None:
+            weight = convert.as_tensor("edge_weight", edge_weight).to(device)
+            kind = torch.float64 if features.dtype == torch.float64 else torch.float32
+            weight = weight if weight.is_complex() else weight.to(kind)
+        adjacency = Adjacency(edges, num_nodes, weight)
+        if symmetrize:
+            adjacency = _symmetrized(adjacency)
+        masks = {
+            f"{split}_mask": convert.as_mask(split, value, num_nodes).to(device)
+            for split, value in zip(SPLITS, (train, val, test), strict=True)
+        }
+        return cls(
+            x=features,
+            adjacency=adjacency,
+            y=labels.to(device),
+            **masks,
+            num_classes=num_classes,
+            task=task,
+            metric=metric or METRICS[task][0],
+            directed=directed,
+            name=name,
+        )
+
+    @classmethod
+    def from_pyg(cls, data: Data, *, split: int | None = None, **overrides: Any) -> GraphData:
+        """Takes a PyG ``Data`` with x, edge_index, y, train_mask, val_mask and test_mask.
+
+        Weights are ``edge_weight`` or a one-column ``edge_attr``.
+
+        Args:
+            data: One homogeneous graph.
+            split: The column to use where masks hold several splits.
+            **overrides: Arguments of :meth:`from_edges`, which take the place of what ``data``
+                holds: ``train=`` for its ``train_mask``, ``task="binary"``, ``symmetrize=True``.
+
+        Raises:
+            DataError: data that cannot be trained on.
+            ConfigError: settings that contradict one another.
+        """
+        return cls.from_edges(**convert.pyg_inputs(data, split, overrides))
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, x: Any, y: Any, **settings: Any) -> GraphData:
+        """Takes a square scipy sparse matrix whose entry ``(i, j)`` is the edge ``i -> j``.
+
+        That is the convention of PyG and networkx. Stored entries become edge weights, unless all
+        are 1. ``settings`` are the other arguments of :meth:`from_edges`.
+
+        Raises:
+            DataError: data that cannot be trained on.
+            ConfigError: settings that contradict one another.
+        """
+        edges, weight = convert.scipy_edges(matrix)
+        num_nodes = matrix.shape[0]
+        features = convert.as_features(x)
+        if len(features) != num_nodes:
+            raise _mismatch("x", len(features), num_nodes, "the matrix")
+        return cls.from_edges(edges, features, y, **{"edge_weight": weight, **settings})
+
+    @classmethod
+    def from_networkx(
+        cls,
+        graph: nx.Graph,
+        *,
+        x: Any,
+        y: Any,
+        train: Any,
+        val: Any,
+        test: Any,
+        weight: str | None = "weight",
+        **settings: Any,
+    ) -> GraphData:
+        """Takes a networkx graph with any node labels; nodes are numbered as in ``graph.nodes``.
+
+        An undirected graph gives both directions of each edge.
+
+        Args:
+            graph: A ``Graph``, ``DiGraph`` or a multigraph.
+            x: The name of a node attribute, or an array ``[N, F]`` in node order.
+            y: The name of a node attribute, or an array in node order.
+            train: The name of a boolean node attribute, a mask, or indices into ``graph.nodes``.
+            val: As ``train``.
+            test: As ``train``.
+            weight: The edge attribute with the weights; None, or no edge that has it, for an
+                unweighted graph.
+            **settings: The other arguments of :meth:`from_edges`.
+
+        Raises:
+            DataError: data that cannot be trained on.
+            ConfigError: settings that contradict one another.
+        """
+        if not isinstance(graph, nx.Graph):
+            raise DataError(
+                "from_networkx reads a networkx graph",
+                got=type(graph).__name__,
+                expected="networkx.Graph, DiGraph or a multigraph",
+            )
+        given = {"x": x, "y": y, "train": train, "val": val, "test": test}
+        arrays = {key: convert.node_values(graph, key, value) for key, value in given.items()}
+        features = convert.as_features(arrays.pop("x"))
+        if len(features) != len(graph):
+            raise _mismatch("x", len(features), len(graph), "the graph")
+        edges, values = convert.networkx_edges(graph, weight)
+        return cls.from_edges(edges, features, **{"edge_weight": values, **arrays, **settings})
+
+    def _check_layout(self) -> None:
+        for name in ("x", "y", *(f"{split}_mask" for split in SPLITS)):
+            if not isinstance(value := getattr(self, name), Tensor):
+                raise DataError(
+                    f"{name} must be a tensor",
+                    got=type(value).__name__,
+                    expected="torch.Tensor",
+                    remedy="GraphData.from_edges takes arrays and lists",
+                )
+        if not isinstance(self.adjacency, Adjacency):
+            raise DataError(
+                "adjacency must hold the edges",
+                got=type(self.adjacency).__name__,
+                expected="gist.graph.adjacency.Adjacency",
+                remedy="GraphData.from_edges takes an edge_index, from_scipy a matrix",
+            )
+        if self.x.dim() != 2 or not self.x.numel() or self.x.is_complex():
+            raise _bad_features(self.x)
+        if self.adjacency.num_nodes != self.num_nodes:
+            raise _mismatch("adjacency", self.adjacency.num_nodes, self.num_nodes, "x")
+        for name in ("y", *(f"{split}_mask" for split in SPLITS)):
+            value = getattr(self, name)
+            if value.dim() == 0 or len(value) != self.num_nodes:
+                raise _mismatch(name, value.numel(), self.num_nodes, "x")
+            if value.device != self.x.device:
+                raise _elsewhere(name, value.device, self.x.device)
+        if self.adjacency.device != self.x.device:
+            raise _elsewhere("adjacency", self.adjacency.device, self.x.device)
+
+    def _check_splits(self) -> None:
+        taken = torch.zeros_like(self.train_mask, dtype=torch.bool)
+        for split in SPLITS:
+            mask = self.mask(split)
+            if mask.dtype != torch.bool or mask.dim() != 1:
+                raise DataError(
+                    f"{split}_mask must be a boolean mask",
+                    got=f"{mask.dtype} of shape {tuple(mask.shape)}",
+                    expected=f"torch.bool of shape ({self.num_nodes},)",
+                )
+            if not bool(mask.any()):
+                raise DataError(
+                    f"the {split} split is empty", got="0 nodes", expected="at least 1 node"
+                )
+            if bool((mask & taken).any()):
+                raise DataError(
+                    f"the {split} split shares nodes with an earlier split: labels would leak",
+                    got=_nodes(mask & taken),
+                    expected="train, val and test without a common node",
+                )
+            taken |= mask
+
+    def _check_labels(self) -> None:
+        if self.task == "multiclass":
+            layout, fits = "int64 [N]", self.y.dtype == torch.int64 and self.y.dim() == 1
+        elif self.task == "binary":
+            layout, fits = "float [N]", self.y.is_floating_point() and self.y.dim() == 1
+        else:
+            columns = self.y.size(1) if self.y.dim() == 2 else None
+            layout, fits = "float [N, num_classes]", self.y.is_floating_point()
+            fits = fits and columns == self.num_classes
+        if not fits:
+            raise DataError(
+                f"labels do not fit the task {self.task} with {self.num_classes} outputs",
+                got=f"{self.y.dtype} of shape {tuple(self.y.shape)}",
+                expected=layout,
+            )
+        used = self.train_mask | self.val_mask | self.test_mask
+        y = self.y.reshape(self.num_nodes, -1)
+        for missing, what in ((y.isnan().any(1) & used, "NaN"), ((y == -1).any(1) & used, "-1")):
+            if bool(missing.any()):
+                raise DataError(
+                    "nodes in a split have no label",
+                    got=f"{what} (no label) at {_nodes(missing)}",
+                    expected="a label for every node of train, val and test",
+                    remedy="take these nodes out of the splits",
+                )
+        if self.task == "multiclass":
+            wrong, expected = (y < 0) | (y >= self.num_classes), f"0 to {self.num_classes - 1}"
+        else:
+            wrong, expected = (y != 0) & (y != 1), "0 or 1"
+        bad = wrong.any(1) & used
+        if bool(bad.any()):
+            raise DataError(
+                f"labels out of range for the task {self.task}",
+                got=f"{y[bad][wrong[bad]][0].item():g} and others at {_nodes(bad)}",
+                expected=expected,
+                remedy="renumber the classes from 0, or correct num_classes or task",
+            )
+
+    def _check_symmetry(self) -> None:
+        if self.directed or self.adjacency.is_symmetric:
+            return
+        missing, _ = convert.missing_reverses(self.edge_index, self.edge_weight, self.num_nodes)
+        if count := missing.size(1):
+            same = "" if self.edge_weight is None else " of the same weight"
+            raise DataError(
+                f"the graph is directed: edges without a reverse{same}",
+                got=f"{count:,} of {self.num_edges:,} edges",
+                expected="both directions of every edge",
+                remedy="symmetrize=True adds the missing reverses; directed=True keeps the graph",
+            )
+
+
+def _as_float(x: Tensor) -> Tensor:
+    """Contiguous float32 or float64 features; refuses NaN and infinity."""
+    x = x.detach()
+    x = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
+    if bool(torch.isfinite(x.sum())):  # NaN and infinity survive a sum: the cheap case
+        return x
+    bad = ~torch.isfinite(x).all(dim=1)
+    if bool(bad.any()):
+        raise DataError(
+            "features hold NaN or infinite values",
+            got=_nodes(bad),
+            expected="finite features",
+            remedy="fill the missing values or drop the nodes",
+        )
+    return x
+
+
+def _check_task(task: Task, metric: Metric, num_classes: int) -> None:
+    one_of("task", task, METRICS)
+    if metric not in METRICS[task]:
+        raise ConfigError(
+            f"the metric does not fit the task {task}",
+            got=repr(metric),
+            expected=" or ".join(METRICS[task]),
+            remedy="micro-F1 of a multiclass task is its accuracy"
+            if task == "multiclass"
+            else None,
+        )
+    least = 2 if task == "multiclass" else 1
+    if num_classes < least or (task == "binary" and num_classes != 1):
+        raise DataError(
+            f"num_classes does not fit the task {task}",
+            got=num_classes,
+            expected="1" if task == "binary" else f"at least {least}",
+            remedy='for two classes use task="binary" with one output, or num_classes=2',
+        )
+
+
+def _symmetrized(adjacency: Adjacency) -> Adjacency:
+    weight = adjacency.edge_weight
+    missing, values = convert.missing_reverses(adjacency.edge_index, weight, adjacency.num_nodes)
+    if not missing.size(1):
+        return adjacency
+    if weight is not None and values is not None:
+        weight = torch.cat([weight, values])
+    return Adjacency(torch.cat([adjacency.edge_index, missing], dim=1), adjacency.num_nodes, weight)
+
+
+def _nodes(bad: Tensor) -> str:
+    """How many entries of ``bad`` [N] are true, and which is the first."""
+    nodes = bad.nonzero()[:, 0]
+    return f"{len(nodes):,} {'node' if len(nodes) == 1 else 'nodes'}, first node {int(nodes[0])}"
+
+
+def _bad_features(x: Tensor) -> DataError:
+    return DataError(
+        "x must hold one row of features per node, of at least one node and one feature",
+        got=f"{x.dtype} of shape {tuple(x.shape)}",
+        expected="real numbers of shape [N, F], N and F at least 1",
+        remedy="reshape a single feature with x[:, None]" if x.dim() == 1 else None,
+    )
+
+
+def _mismatch(name: str, got: int, num_nodes: int, source: str) -> DataError:
+    return DataError(
+        f"{name} and {source} disagree on the number of nodes",
+        got=got,
+        expected=f"{num_nodes}, as in {source}",
+    )
+
+
+def _elsewhere(name: str, got: torch.device, expected: torch.device) -> DataError:
+    return DataError(f"{name} is not on the device of x", got=got, expected=expected)

@@ -1,0 +1,129 @@
+"""Losses and scores of node classification, one per task.
+
+Shape legend: ``N`` nodes, ``C`` output columns (classes; labels of a multilabel task; binary: 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gist.errors import ConfigError, DataError
+
+Task = Literal["multiclass", "multilabel", "binary"]
+Metric = Literal["accuracy", "micro_f1", "roc_auc"]
+
+METRICS: dict[Task, tuple[Metric, ...]] = {
+    "multiclass": ("accuracy",),
+    "binary": ("accuracy", "roc_auc"),
+    "multilabel": ("micro_f1", "roc_auc"),
+}
+"""What can be reported for each task; the first is the default."""
+
+
+def one_of(what: str, value: Any, known: Any) -> None:
+    """Refuses a ``value`` that is not among the ``known`` ones, listing them.
+
+    Raises:
+        ConfigError: ``value`` is not known.
+    """
+    if value not in known:
+        raise ConfigError(f"unknown {what}", got=repr(value), expected=" or ".join(known))
+
+
+def loss(task: Task, logits: Tensor, y: Tensor) -> Tensor:
+    """Mean loss: cross entropy for multiclass, binary cross entropy with logits for the others.
+
+    Args:
+        task: What kind of labels ``y`` holds.
+        logits: ``[N, C]`` raw model outputs; binary: ``[N, 1]`` or ``[N]``.
+        y: ``[N]`` class numbers (multiclass), ``[N]`` 0/1 (binary) or ``[N, C]`` 0/1 (multilabel).
+
+    Returns:
+        A scalar, differentiable in ``logits``.
+
+    Raises:
+        ConfigError: the task is unknown.
+    """
+    one_of("task", task, METRICS)
+    if task == "multiclass":
+        return F.cross_entropy(logits, y)
+    return F.binary_cross_entropy_with_logits(logits.reshape(y.shape), y.to(logits.dtype))
+
+
+def _accuracy(logits: Tensor, y: Tensor) -> float:
+    predicted = logits > 0 if y.is_floating_point() else logits.argmax(dim=1)
+    return (predicted == y).double().mean().item()
+
+
+def _micro_f1(logits: Tensor, y: Tensor) -> float:
+    predicted, actual = logits > 0, y > 0
+    hits, claims = (predicted & actual).sum().item(), (predicted.sum() + actual.sum()).item()
+    return 2 * hits / claims if claims else 0.0
+
+
+def _roc_auc(logits: Tensor, y: Tensor) -> float:
+    from sklearn.metrics import roc_auc_score  # takes a second to import
+
+    scores, labels = logits.reshape(len(y), -1), y.reshape(len(y), -1)
+    both = ((labels > 0).any(0) & (labels <= 0).any(0)).nonzero()[:, 0]
+    if not len(both):
+        raise DataError(
+            "ROC-AUC is undefined: no class has both positive and negative nodes here",
+            got=f"{len(y)} nodes, {labels.size(1)} classes",
+            expected="at least one class with both labels",
+            remedy="use a larger or stratified split",
+        )
+    # averaged by hand: scikit-learn's own average refuses columns with a single label
+    pairs = ((labels[:, column], scores[:, column].float()) for column in both)
+    return sum(float(roc_auc_score(a.cpu(), b.cpu())) for a, b in pairs) / len(both)
+
+
+_COMPUTE = {"accuracy": _accuracy, "micro_f1": _micro_f1, "roc_auc": _roc_auc}
+
+
+def compute_metric(metric: Metric, logits: Tensor, y: Tensor) -> float:
+    """Scores raw model outputs against labels.
+
+    - ``accuracy``: the largest logit is the class; with floating-point (binary) labels the
+      prediction is ``logit > 0``.
+    - ``micro_f1``: ``2 TP / (2 TP + FP + FN)`` over all entries, predicting where ``logit > 0``;
+      0 where nothing is positive or predicted so.
+    - ``roc_auc``: mean area under the ROC curve over the classes that have both labels, as in the
+      Open Graph Benchmark (Hu et al., 2020).
+
+    Args:
+        metric: One of the three names.
+        logits: ``[N, C]``; binary: ``[N, 1]`` or ``[N]``.
+        y: ``[N]`` int64 (multiclass), ``[N]`` float (binary) or ``[N, C]`` float (multilabel).
+
+    Returns:
+        The score, between 0 and 1.
+
+    Raises:
+        ConfigError: the metric is unknown.
+        DataError: no nodes, shapes that do not fit, outputs that are NaN or infinite, or a ROC-AUC
+            that no class defines.
+    """
+    one_of("metric", metric, _COMPUTE)
+    if y.is_floating_point() and logits.numel() == y.numel():
+        logits = logits.reshape(y.shape)
+    fits = logits.shape == y.shape if y.is_floating_point() else logits.shape[:-1] == y.shape
+    if not len(y) or not fits:
+        raise DataError(
+            f"{metric} needs one row of outputs for each labelled node, and at least one",
+            got=f"outputs {tuple(logits.shape)}, labels {tuple(y.shape)} of {y.dtype}",
+            expected="[N, C] outputs and [N] class numbers, or both [N, C] with 0/1 labels",
+        )
+    finite = torch.isfinite(logits)
+    if not finite.all():
+        raise DataError(
+            "the model's outputs are NaN or infinite: training diverged",
+            got=f"{int((~finite).sum())} of {logits.numel()} values",
+            expected="finite outputs",
+            remedy="lower the learning rate, or add a normalisation layer",
+        )
+    return _COMPUTE[metric](logits.detach(), y)
