@@ -1,0 +1,149 @@
+"""PyTorch Geometric's convolutions, multiplying with a cached sparse matrix where they can.
+
+Each class is its PyG parent: same parameters, same state dict, same result. Given an
+:class:`~gist.graph.adjacency.Adjacency` instead of an ``edge_index``, the forward pass is a sparse
+product with a normalisation that was computed once, on the narrower side of the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_geometric.nn as pyg
+from torch import Tensor, nn
+
+from gist.graph.adjacency import Adjacency
+from gist.partition.builder import Layer
+from gist.partition.rules.pyg import GCNConvRule, SAGEConvRule
+from gist.partition.rules.registry import Rule, register_rule
+from gist.partition.spec import Axis
+
+Graph = Adjacency | Tensor
+"""An :class:`Adjacency`, or whatever PyG's layers take as ``edge_index``."""
+
+
+class GCNConv(pyg.GCNConv):  # type: ignore[misc]  # PyG is untyped
+    """``Â X Wᵀ + b`` (Kipf & Welling, 2017), with ``Â`` from the adjacency where one is given.
+
+    Takes the arguments of :class:`torch_geometric.nn.GCNConv`.
+
+    Shapes:
+        ``x`` [N, in_channels] -> [N, out_channels].
+    """
+
+    def forward(self, x: Tensor, edge_index: Graph, edge_weight: Tensor | None = None) -> Tensor:
+        """Convolves ``x`` over the graph; edge weights are part of an adjacency."""
+        # PyG reads the signature of its message passing from the next comment.
+        # propagate_type: (x: Tensor, edge_weight: OptTensor)
+        out: Tensor
+        if not isinstance(edge_index, Adjacency):
+            out = super().forward(x, edge_index, edge_weight)
+            return out
+        graph = edge_index
+        plain = self.normalize and self.add_self_loops and not self.improved and self.aggr == "add"
+        if not plain:
+            out = super().forward(x, graph.edge_index, graph.edge_weight)
+            return out
+        if graph.is_constant(x) or self.in_channels < self.out_channels:
+            return graph.project("gcn", x, self.lin.weight, self.bias)
+        out = graph.propagate("gcn", self.lin(x))
+        return out if self.bias is None else out + self.bias
+
+
+class SAGEConv(pyg.SAGEConv):  # type: ignore[misc]  # PyG is untyped
+    """``W_r x_i + W_l mean_j x_j + b`` (Hamilton et al., 2017).
+
+    Takes the arguments of :class:`torch_geometric.nn.SAGEConv`.
+
+    Shapes:
+        ``x`` [N, in_channels] -> [N, out_channels].
+    """
+
+    def forward(self, x: Tensor, edge_index: Graph, size: Any = None) -> Tensor:
+        """Convolves ``x`` over the graph."""
+        # PyG reads the signature of its message passing from the next comment.
+        # propagate_type: (x: OptPairTensor)
+        out: Tensor
+        graph = edge_index
+        if not isinstance(graph, Adjacency):
+            out = super().forward(x, graph, size)
+            return out
+        if self.project or self.aggr != "mean":
+            out = super().forward(x, graph.edge_index, size)
+            return out
+        weight, bias = self.lin_l.weight, self.lin_l.bias
+        if graph.is_constant(x) or self.lin_l.in_channels <= self.out_channels:
+            out = graph.project("mean", x, weight, bias)
+        else:
+            out = graph.propagate("mean", F.linear(x, weight))
+            out = out if bias is None else out + bias
+        if self.root_weight:
+            out = out + graph.project("identity", x, self.lin_r.weight)
+        return F.normalize(out, dim=-1) if self.normalize else out
+
+
+class SAGEConcatConv(nn.Module):
+    """``W [x_i, mean_j x_j] + b``: GraphSAGE as in the GIST paper, with one weight.
+
+    A hidden unit owns two columns of the next layer's weight: its own and its neighbourhood's.
+
+    Args:
+        in_channels: Width of the input.
+        out_channels: Width of the output.
+        bias: Whether to add a bias.
+
+    Shapes:
+        ``x`` [N, in_channels] -> [N, out_channels]; weight [out_channels, 2 * in_channels].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.lin = nn.Linear(2 * in_channels, out_channels, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draws new parameters."""
+        self.lin.reset_parameters()
+
+    def forward(self, x: Tensor, edge_index: Graph) -> Tensor:
+        """Convolves ``x`` over the graph."""
+        graph = edge_index
+        if not isinstance(graph, Adjacency):
+            graph = Adjacency(graph, x.size(0))
+        if graph.is_constant(x):
+            own, neighbours = torch.split(self.lin.weight, self.in_channels, dim=1)
+            out = graph.project("mean", x, neighbours, self.lin.bias)
+            return out + graph.project("identity", x, own)
+        out = torch.cat([x, graph.propagate("mean", x)], dim=-1)
+        return F.linear(out, self.lin.weight, self.lin.bias)
+
+    def extra_repr(self) -> str:
+        """Widths, for printing."""
+        return f"{self.in_channels}, {self.out_channels}"
+
+
+register_rule(GCNConv)(GCNConvRule)
+register_rule(SAGEConv)(SAGEConvRule)
+
+
+@register_rule(SAGEConcatConv)
+class SAGEConcatConvRule(Rule):
+    """A unit owns two columns of the weight: ``u`` and ``u + in_channels``."""
+
+    contracts = True
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`."""
+        inp = layer.expect_input(layer.module.in_channels)
+        out = layer.produce(layer.module.out_channels)
+        layer.follow("lin.weight", (0, out), (1, None if inp is None else inp.repeat(2)))
+        layer.follow("lin.bias", (0, out))
+        return out
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        linear = module.lin
+        linear.out_features, linear.in_features = linear.weight.shape
+        module.out_channels, module.in_channels = linear.out_features, linear.in_features // 2

@@ -1,0 +1,177 @@
+"""Reference graph networks: PyG's model zoo on the faster convolutions of :mod:`gist.nn.conv`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch_geometric.nn.models as zoo
+from torch import Tensor, nn
+
+from gist.errors import ConfigError
+from gist.graph.adjacency import Adjacency
+from gist.nn.conv import GCNConv, Graph, SAGEConcatConv, SAGEConv
+
+Norm = Literal["layer", "batch"] | None
+
+
+def _norm(norm: Norm, width: int) -> nn.Module | None:
+    # Without affine parameters, as in the GIST paper.
+    if norm is None:
+        return None
+    if norm == "layer":
+        return nn.LayerNorm(width, elementwise_affine=False)
+    if norm == "batch":
+        return nn.BatchNorm1d(width)
+    raise ConfigError("unknown norm", got=repr(norm), expected="'layer', 'batch' or None")
+
+
+class GCN(zoo.GCN):  # type: ignore[misc]  # PyG is untyped
+    """Graph convolutional network (Kipf & Welling, 2017), any depth.
+
+    Between layers: convolution, normalisation, activation, dropout, as in PyG's ``GCN``, whose
+    state dict and call it shares. ``forward(x, graph)`` also takes an ``Adjacency``.
+
+    Args:
+        in_channels: Input features.
+        hidden_channels: Width of every hidden layer.
+        out_channels: Outputs per node.
+        num_layers: Number of convolutions.
+        dropout: Probability after every hidden layer.
+        norm: ``"layer"`` (without affine parameters, as in the GIST paper), ``"batch"`` or None.
+        **kwargs: Further arguments of :class:`torch_geometric.nn.models.GCN` (``act``, ``jk``, …).
+
+    Shapes:
+        ``x`` [N, in_channels] -> [N, out_channels].
+    """
+
+    accepts_adjacency = True
+    needs_symmetric_graph = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        num_layers: int = 2,
+        *,
+        dropout: float = 0.5,
+        norm: Norm = "layer",
+        **kwargs: Any,
+    ) -> None:
+        norm_layer = _norm(norm, hidden_channels)
+        super().__init__(
+            in_channels,
+            hidden_channels,
+            num_layers,
+            out_channels,
+            dropout,
+            norm=norm_layer,
+            **kwargs,
+        )
+
+    def init_conv(self, in_channels: int, out_channels: int, **kwargs: Any) -> nn.Module:
+        """One convolution."""
+        return GCNConv(in_channels, out_channels, **kwargs)
+
+
+class GraphSAGE(zoo.GraphSAGE):  # type: ignore[misc]  # PyG is untyped
+    """GraphSAGE with mean aggregation (Hamilton et al., 2017), any depth.
+
+    Args:
+        in_channels: Input features.
+        hidden_channels: Width of every hidden layer.
+        out_channels: Outputs per node.
+        num_layers: Number of convolutions.
+        dropout: Probability after every hidden layer.
+        norm: ``"layer"`` (without affine parameters, as in the GIST paper), ``"batch"`` or None.
+        concat: True concatenates ``[h, mean of h]`` under one weight, as the GIST paper does; False
+            has two weights, as PyG does, and PyG's state dict.
+        **kwargs: Further arguments of :class:`torch_geometric.nn.models.GraphSAGE`.
+
+    Shapes:
+        ``x`` [N, in_channels] -> [N, out_channels].
+    """
+
+    accepts_adjacency = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        num_layers: int = 2,
+        *,
+        dropout: float = 0.5,
+        norm: Norm = "layer",
+        concat: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._concat = concat
+        norm_layer = _norm(norm, hidden_channels)
+        super().__init__(
+            in_channels,
+            hidden_channels,
+            num_layers,
+            out_channels,
+            dropout,
+            norm=norm_layer,
+            **kwargs,
+        )
+
+    def init_conv(self, in_channels: Any, out_channels: int, **kwargs: Any) -> nn.Module:
+        """One convolution."""
+        conv = SAGEConcatConv if self._concat else SAGEConv
+        return conv(in_channels, out_channels, **kwargs)
+
+
+class GAT(zoo.GAT):  # type: ignore[misc]  # PyG is untyped
+    """Graph attention network (Veličković et al., 2018; with ``v2=True`` Brody et al., 2022).
+
+    Args:
+        in_channels: Input features.
+        hidden_channels: Width of every hidden layer, heads times channels.
+        out_channels: Outputs per node.
+        num_layers: Number of convolutions.
+        heads: Attention heads; concatenated in hidden layers, averaged in the last.
+        units: What a subnet is dealt: ``"channels"`` within every head, or whole ``"heads"``.
+        dropout: Probability after every hidden layer and on attention weights.
+        norm: ``"layer"`` (without affine parameters), ``"batch"`` or None.
+        **kwargs: Further arguments of :class:`torch_geometric.nn.models.GAT`.
+
+    Shapes:
+        ``x`` [N, in_channels] -> [N, out_channels].
+    """
+
+    accepts_adjacency = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        num_layers: int = 2,
+        *,
+        heads: int = 8,
+        units: Literal["channels", "heads"] = "channels",
+        dropout: float = 0.5,
+        norm: Norm = "layer",
+        **kwargs: Any,
+    ) -> None:
+        self.partition_units = units
+        super().__init__(
+            in_channels,
+            hidden_channels,
+            num_layers,
+            out_channels,
+            dropout,
+            norm=_norm(norm, hidden_channels),
+            heads=heads,
+            **kwargs,
+        )
+
+    def forward(self, x: Tensor, edge_index: Graph, *args: Any, **kwargs: Any) -> Tensor:
+        """Scores of every node."""
+        if isinstance(edge_index, Adjacency):
+            edge_index = edge_index.edge_index
+        out: Tensor = super().forward(x, edge_index, *args, **kwargs)
+        return out
