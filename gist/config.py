@@ -1,0 +1,221 @@
+"""Run settings: frozen, keyword-only, checked at construction. The only home of defaults."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gist.errors import ConfigError
+from gist.partition.samplers import DisjointUniform, Sampler
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+LearningRateSchedule = Callable[[float], float]
+SubnetSchedule = Sequence[tuple[float, int]]
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("step", "cosine", "constant")
+OPTIMIZER_STATES = ("reset", "carry")
+EXECUTORS = ("auto", "serial")
+DEFAULT_EPOCHS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run.
+
+    Attributes:
+        num_subnets: m, or a schedule of ``(share of the budget, m)`` such as
+            ``[(0.6, 8), (0.4, 1)]``: many subnets first, fewer later.
+        local_steps: ζ, the optimiser steps of every subnet between two merges.
+        epochs: The total budget, split over the subnets: 400 epochs at m = 4 are 100 epochs for
+            each. Defaults to 400 where ``rounds`` is not given.
+        rounds: The budget as a number of rounds instead of epochs.
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"`` (momentum 0.9), or a factory that takes
+            parameters and returns an optimiser; its learning rates are then the base rates.
+        lr: Base learning rate.
+        weight_decay: Weight decay of the named optimisers.
+        schedule: Learning rate over the budget: ``"step"`` (a tenth from 50% on, a hundredth from
+            75% on, as in the papers), ``"cosine"``, ``"constant"``, or a function from the share of
+            the budget in [0, 1) to a factor.
+        optimizer_state: ``"reset"`` starts each round with a fresh optimiser (the papers);
+            ``"carry"`` moves moments along with their parameters.
+        sampler: How units are dealt.
+        width_correction: Scale sums over narrowed inputs up to the whole width; None does so only
+            for models without normalisation.
+        executor: Where subnets run: ``"auto"`` or ``"serial"``.
+        clip_norm: Largest gradient norm of a subnet; None does not clip.
+        early_stopping: Stop after this many evaluations without a better validation metric.
+        eval_every: Evaluate after every so many rounds, and after the last.
+        recalibrate_bn: Re-estimate BatchNorm statistics of the merged model on training data
+            before it is evaluated; None does so where m > 1.
+        deterministic: Refuse operations that are not deterministic on the device.
+        fast_dev_run: A smoke run: one round of two steps.
+        checkpoint_every: Write a checkpoint after every so many rounds; needs ``out``.
+        out: Directory that receives model, history, settings and checkpoints.
+        callbacks: Called with ``(trainer, record)`` after every round; True stops the run.
+        progress: Show a progress bar; None does so on a terminal.
+        seed: Seed of everything drawn during training.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+
+    num_subnets: int | SubnetSchedule = 4
+    local_steps: int = 20
+    epochs: float | None = None
+    rounds: int | None = None
+    optimizer: str | OptimizerFactory = "adam"
+    lr: float = 0.01
+    weight_decay: float = 5e-4
+    schedule: str | LearningRateSchedule = "step"
+    optimizer_state: Literal["reset", "carry"] = "reset"
+    sampler: Sampler = DisjointUniform()
+    width_correction: bool | None = None
+    executor: str = "auto"
+    clip_norm: float | None = None
+    early_stopping: int | None = None
+    eval_every: int = 1
+    recalibrate_bn: bool | None = None
+    deterministic: bool = False
+    fast_dev_run: bool = False
+    checkpoint_every: int | None = None
+    out: str | None = None
+    callbacks: tuple[Callable[[Any, Any], bool | None], ...] = ()
+    progress: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("local_steps", "eval_every"):
+            _require_count(name, getattr(self, name))
+        for name in ("rounds", "early_stopping", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name))
+        for name in ("lr", "clip_norm", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number", got=repr(value))
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError("weight_decay must be 0 or more", got=repr(self.weight_decay))
+        if self.epochs is not None and self.rounds is not None:
+            raise ConfigError(
+                "the budget is given twice",
+                got=f"epochs={self.epochs}, rounds={self.rounds}",
+                remedy="give either epochs or rounds",
+            )
+        _require_choice("optimizer", self.optimizer, OPTIMIZERS, or_function=True)
+        _require_choice("schedule", self.schedule, SCHEDULES, or_function=True)
+        _require_choice("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
+        _require_choice("executor", self.executor, EXECUTORS)
+        if self.checkpoint_every is not None and self.out is None:
+            raise ConfigError("checkpoint_every needs a directory", remedy="give out='runs/name'")
+        if not isinstance(self.sampler, Sampler):
+            raise ConfigError(
+                "sampler must be a gist.Sampler",
+                got=repr(self.sampler),
+                expected="such as DisjointUniform()",
+            )
+        if not isinstance(self.seed, int):
+            raise ConfigError("seed must be an integer", got=repr(self.seed))
+        object.__setattr__(self, "callbacks", tuple(self.callbacks))
+        self._check_subnets()
+
+    def _check_subnets(self) -> None:
+        if isinstance(self.num_subnets, int):
+            _require_count("num_subnets", self.num_subnets)
+            return
+        try:
+            phases = tuple((float(share), int(m)) for share, m in self.num_subnets)
+        except (TypeError, ValueError):
+            phases = ()
+        shares = [share for share, _ in phases]
+        fits = phases and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6
+        if not fits or min(m for _, m in phases) < 1:
+            raise ConfigError(
+                "num_subnets must be a count or a schedule of (share of the budget, count)",
+                got=repr(self.num_subnets),
+                expected="shares that sum to 1, such as [(0.6, 8), (0.4, 1)]",
+            )
+        object.__setattr__(self, "num_subnets", phases)
+
+    @property
+    def phases(self) -> tuple[tuple[float, int], ...]:
+        """``(share of the budget, m)`` in order; one phase where m is a number."""
+        if isinstance(self.num_subnets, int):
+            return ((1.0, self.num_subnets),)
+        return tuple(self.num_subnets)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> TrainConfig:
+        """A config from keyword arguments.
+
+        Raises:
+            ConfigError: an unknown name, with the closest known one.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in settings.keys() - set(known):
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"unknown setting {name!r}",
+                expected=f"one of {', '.join(known)}",
+                remedy=f"did you mean {close[0]!r}?" if close else None,
+            )
+        return cls(**settings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; functions by their qualified name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["sampler"] = {"name": type(self.sampler).__name__, **asdict(self.sampler)}  # type: ignore[call-overload]
+        values["callbacks"] = [_name_of(callback) for callback in self.callbacks]
+        for name in ("optimizer", "schedule"):
+            if callable(values[name]):
+                values[name] = _name_of(values[name])
+        if not isinstance(self.num_subnets, int):
+            values["num_subnets"] = [list(phase) for phase in self.phases]
+        return values
+
+
+def learning_rate_factor(schedule: str | LearningRateSchedule, share: float) -> float:
+    """The factor on the base learning rate after ``share`` of the budget, in [0, 1)."""
+    if callable(schedule):
+        return float(schedule(share))
+    if schedule == "step":
+        return 1.0 if share < 0.5 else 0.1 if share < 0.75 else 0.01
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * share))
+    return 1.0
+
+
+def _name_of(function: Any) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1", got=repr(value))
+
+
+def _require_choice(
+    name: str, value: Any, choices: tuple[str, ...], *, or_function: bool = False
+) -> None:
+    if or_function and callable(value):
+        return
+    if value not in choices:
+        expected = " or ".join(map(repr, choices)) + (" or a function" if or_function else "")
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        raise ConfigError(
+            f"unknown {name}",
+            got=repr(value),
+            expected=expected,
+            remedy=f"did you mean {close[0]!r}?" if close else None,
+        )

@@ -1,0 +1,377 @@
+"""The round loop: assign, extract, train locally, merge, evaluate."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gist import checkpoint
+from gist.batchnorm import recalibrate_batchnorm
+from gist.checkpoint import Checkpoint, save_tensors, write_atomically
+from gist.config import TrainConfig
+from gist.errors import CheckpointError, ConfigError, PartitionError
+from gist.execution.memory import PeakMemory
+from gist.execution.objective import Objective
+from gist.execution.serial import SerialExecutor
+from gist.graph.data import GraphData
+from gist.graph.objective import GraphObjective
+from gist.history import RoundRecord, TrainResult, write_history
+from gist.modes import keeps_modes
+from gist.partition.assignment import Assignment
+from gist.partition.spec import PartitionSpec, model_tensors
+from gist.partition.subnet import Selection
+from gist.partition.wiring import Wiring, partition_spec
+from gist.plan import RoundPlan, plan_rounds
+from gist.progress import RoundProgress
+from gist.verify import verify_wiring
+
+_FREE_ON_RESUME = ("out", "callbacks", "progress", "checkpoint_every", "early_stopping")
+
+
+class SubnetTrainer:
+    """Independent subnet training of any model on any objective.
+
+    The model is checked before anything is trained: its spec covers every parameter and buffer,
+    its subnets compute what the masked whole model computes, it fits the data, and no phase has
+    more subnets than the smallest group has units.
+
+    Args:
+        model: The global model; trained in place, on the device it is on.
+        objective: The data side.
+        wiring: For a model whose wiring is not known; see
+            :func:`~gist.partition.wiring.partition_spec`.
+        config: Settings; or give them as keywords.
+        **settings: The attributes of :class:`~gist.config.TrainConfig`.
+
+    Attributes:
+        model: The global model; after :meth:`fit`, in its best validation round.
+        spec: Its partition spec.
+        rounds: The plan of every round.
+        history: One record per round so far.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+        PartitionError: a model that cannot be partitioned, or not into that many subnets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        wiring: Wiring | None = None,
+        config: TrainConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        if config is not None and settings:
+            raise ConfigError("give either config or settings", got=sorted(settings))
+        self.config = config or TrainConfig.from_settings(settings)
+        self.model, self.objective = model, objective
+        self.spec: PartitionSpec = partition_spec(model, wiring)
+        self._check_subnets()
+        self.rounds = plan_rounds(self.config, objective.steps_per_epoch)
+        objective.check(model)
+        self.wiring_error = verify_wiring(
+            model, objective.sample_inputs(model), wiring=wiring, seed=self.config.seed
+        )
+        self.executor = SerialExecutor(model, self.spec, objective, self.config)
+        self.history: list[RoundRecord] = []
+        self.best: RoundRecord | None = None
+        self._best_tensors: dict[str, Tensor] = {}
+
+    def fit(self, resume: str | Path | None = None) -> TrainResult:
+        """Trains for the whole budget (GIST, Algorithm 1).
+
+        Args:
+            resume: A run's directory or a checkpoint of it: goes on from there, with the same bits
+                as if it had never stopped.
+
+        Returns:
+            History, best round, metrics and costs; ``self.model`` holds the best round.
+
+        Raises:
+            DivergedError: the loss is no longer finite.
+            CheckpointError: ``resume`` is missing, damaged, or of another run.
+        """
+        if resume is not None:
+            self.load_checkpoint(resume)
+        memory = PeakMemory(next(self.model.parameters()).device)
+        pending = self.rounds[len(self.history) :]
+        with (
+            self._as_found(),
+            RoundProgress(len(self.rounds), len(self.history), self.config.progress) as progress,
+        ):
+            for plan in pending:
+                record = self._run_round(plan)
+                progress.update(record, len(self.history))
+                stop = [callback(self, record) for callback in self.config.callbacks]
+                if any(stop) or self._is_stale():
+                    break
+        result = self._result(memory.bytes())
+        self._load(self._best_tensors)
+        if self.config.out is not None:
+            self.save(self.config.out, result)
+        return result
+
+    def _run_round(self, plan: RoundPlan) -> RoundRecord:
+        start = time.perf_counter()
+        assignment = self.assign(plan)
+        report = self.executor.run_round(plan, assignment)
+        trained = time.perf_counter()
+        metrics = self._evaluate_round(plan)
+        evaluated = time.perf_counter()
+
+        last = self.history[-1] if self.history else None
+        record = RoundRecord(
+            round=plan.index,
+            num_subnets=plan.num_subnets,
+            local_steps=plan.local_steps,
+            epochs=plan.epochs_spent,
+            learning_rate_factor=plan.rate_factors[-1],
+            train_loss=report.train_loss,
+            seconds=trained - start + (last.seconds if last else 0.0),
+            eval_seconds=evaluated - trained + (last.eval_seconds if last else 0.0),
+            repartition_seconds=report.repartition_seconds
+            + (last.repartition_seconds if last else 0.0),
+            bytes_sent=report.bytes_sent + (last.bytes_sent if last else 0),
+            bytes_received=report.bytes_received + (last.bytes_received if last else 0),
+            **metrics,
+        )
+        self.history.append(record)
+        if record.is_better_than(self.best):
+            self.best = record
+            self._best_tensors = {
+                name: tensor.detach().clone() for name, tensor in model_tensors(self.model).items()
+            }
+        every = self.config.checkpoint_every
+        if every is not None and (plan.index + 1) % every == 0:
+            self.save_checkpoint()
+        return record
+
+    def assign(self, plan: RoundPlan) -> Assignment:
+        """The assignment of a round: a function of (seed, round) alone."""
+        return self.config.sampler(
+            self.spec.sizes, plan.num_subnets, seed=self.config.seed, round=plan.index
+        )
+
+    def evaluate(self, split: str = "test") -> dict[str, float]:
+        """Metric of the model as it is now.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Returns:
+            One entry: the metric's name and its value.
+        """
+        if split not in ("train", "val", "test"):
+            raise ConfigError("unknown split", got=repr(split), expected="'train', 'val' or 'test'")
+        with self._as_found():
+            value = self.objective.evaluate(self.model.eval())[f"{split}_metric"]
+        return {self.metric: value}
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric."""
+        return "metric"
+
+    def _evaluate_round(self, plan: RoundPlan) -> dict[str, float]:
+        last = plan.index == len(self.rounds) - 1
+        if not last and (plan.index + 1) % self.config.eval_every:
+            return {}
+        wanted = self.config.recalibrate_bn
+        if plan.num_subnets > 1 if wanted is None else wanted:
+            batches = self.objective.batches(
+                seed=self.config.seed,
+                round=plan.index,
+                subnet=0,
+                steps=self.objective.steps_per_epoch,
+            )
+            recalibrate_batchnorm(self.model, self.objective, batches)
+        return self.objective.evaluate(self.model.eval())
+
+    def _is_stale(self) -> bool:
+        patience = self.config.early_stopping
+        if patience is None or self.best is None:
+            return False
+        since = [r for r in self.history if r.round > self.best.round and r.val_metric is not None]
+        return len(since) >= patience
+
+    def _check_subnets(self) -> None:
+        most = max(m for _, m in self.config.phases)
+        if most > 1 and not self.spec.groups:
+            raise PartitionError(
+                f"{type(self.model).__name__} has no hidden units to partition",
+                got=f"num_subnets={most}",
+                remedy="use a model with at least one hidden layer, or num_subnets=1",
+            )
+        for _, m in self.config.phases:
+            self.config.sampler(self.spec.sizes, m, seed=self.config.seed, round=0)
+
+    def _result(self, peak_memory_bytes: int) -> TrainResult:
+        assert self.best is not None, "the last round is always evaluated"
+        evaluated = [r for r in self.history if r.test_metric is not None]
+        last = self.history[-1]
+        assignment = self.assign(self.rounds[last.round])
+        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        per_subnet = []
+        for subnet in range(assignment.num_subnets):
+            selection = Selection(self.spec, assignment, subnet)
+            layouts = [self.spec.layouts[name] for name in trained]
+            held = [layout for layout in layouts if selection.holds(layout)]
+            per_subnet.append(sum(selection.numel(layout) for layout in held))
+        return TrainResult(
+            history=tuple(self.history),
+            best=self.best,
+            val_metric=_number(self.best.val_metric),
+            test_metric=_number(self.best.test_metric),
+            last_test_metric=_number(evaluated[-1].test_metric),
+            seconds=last.seconds,
+            eval_seconds=last.eval_seconds,
+            repartition_seconds=last.repartition_seconds,
+            bytes_sent=last.bytes_sent,
+            bytes_received=last.bytes_received,
+            peak_memory_bytes=peak_memory_bytes,
+            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            parameters_per_subnet=tuple(per_subnet),
+        )
+
+    def save(self, folder: str | Path, result: TrainResult | None = None) -> None:
+        """Writes the model, the settings and the history; each file appears complete or not at all.
+
+        Args:
+            folder: Receives ``model.safetensors``, ``config.json``, ``history.jsonl`` and, after
+                :meth:`fit`, ``result.json``.
+            result: What :meth:`fit` returned.
+        """
+        folder = Path(folder)
+        save_tensors(folder / "model.safetensors", model_tensors(self.model))
+        write_atomically(folder / "config.json", json.dumps(self.describe(), indent=1))
+        write_history(folder / "history.jsonl", self.history)
+        if result is not None:
+            write_atomically(folder / "result.json", json.dumps(result.to_json(), indent=1))
+
+    def describe(self) -> dict[str, Any]:
+        """The run as JSON values: model, groups, settings."""
+        return {
+            "model": type(self.model).__name__,
+            "executor": self.executor.name,
+            "groups": self.spec.sizes,
+            "settings": self.config.to_json(),
+            "data": self.objective.fingerprint(),
+        }
+
+    def save_checkpoint(self) -> Path:
+        """Writes a checkpoint below ``config.out``."""
+        assert self.config.out is not None, "checked by the config"
+        tensors = {"model": dict(model_tensors(self.model)), "best": self._best_tensors}
+        if self.executor.carried is not None:
+            tensors["optimizer"] = self.executor.carried.state_dict()
+        state = {
+            "run": self.describe(),
+            "history": [asdict(record) for record in self.history],
+            "best_round": None if self.best is None else self.best.round,
+        }
+        return checkpoint.save_checkpoint(
+            Path(self.config.out) / "checkpoints",
+            len(self.history),
+            Checkpoint(tensors=tensors, state=state),
+        )
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Takes over the state of a checkpoint of the same run.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another run; names what differs.
+        """
+        found = checkpoint.load_checkpoint(Path(path))
+        theirs, ours = found.state["run"], json.loads(json.dumps(self.describe()))
+        for run in (theirs, ours):
+            run["settings"] = {
+                key: value for key, value in run["settings"].items() if key not in _FREE_ON_RESUME
+            }
+        flat_theirs, flat_ours = {**theirs, **theirs["settings"]}, {**ours, **ours["settings"]}
+        differ = [k for k in flat_ours if k != "settings" and flat_ours[k] != flat_theirs.get(k)]
+        if differ:
+            raise CheckpointError(
+                "the checkpoint is of another run",
+                got=", ".join(f"{key}={flat_ours[key]!r}" for key in differ),
+                expected=", ".join(f"{key}={flat_theirs.get(key)!r}" for key in differ),
+                remedy="resume with the settings, model and data it was made with",
+            )
+        self._load(found.tensors["model"])
+        self._best_tensors = found.tensors["best"]
+        if self.executor.carried is not None:
+            self.executor.carried.load_state_dict(found.tensors["optimizer"])
+        self.history = [RoundRecord(**record) for record in found.state["history"]]
+        best = found.state["best_round"]
+        self.best = None if best is None else self.history[best]
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in model_tensors(self.model).items():
+            tensor.copy_(tensors[name])
+
+    @contextmanager
+    def _as_found(self) -> Iterator[None]:
+        """Leaves training modes and the determinism switch as they were found."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(deterministic or self.config.deterministic)
+        try:
+            with keeps_modes(self.model):
+                yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+
+
+class GISTTrainer(SubnetTrainer):
+    """GIST: independent subnet training of graph networks (Wolfe et al., arXiv 2102.10424).
+
+    >>> trainer = GISTTrainer(model, data, num_subnets=8, local_steps=20, epochs=400)
+    >>> result = trainer.fit()
+    >>> trainer.evaluate("test")
+
+    Args:
+        model: A :mod:`gist.nn` model, a PyG ``GCN``, ``GraphSAGE``, ``GAT`` or ``GIN``, or any
+            module of ``(x, edge_index)`` together with ``wiring``.
+        data: A :class:`~gist.graph.data.GraphData`, or a PyG ``Data``.
+        **settings: ``wiring``, ``config``, and the attributes of
+            :class:`~gist.config.TrainConfig`.
+
+    Raises:
+        DataError: data that cannot be trained on.
+        ConfigError: settings that cannot be used.
+        PartitionError: a model that cannot be partitioned.
+    """
+
+    def __init__(self, model: nn.Module, data: GraphData | Any, **settings: Any) -> None:
+        if not isinstance(data, GraphData):
+            data = GraphData.from_pyg(data)
+        device = next(model.parameters()).device
+        self.data = data
+        super().__init__(model, GraphObjective(data, device), **settings)
+
+    @property
+    def metric(self) -> str:
+        """Name of the data's metric."""
+        return self.data.metric
+
+    @torch.no_grad()
+    def predict(self) -> Tensor:
+        """Scores of every node by the model as it is now: ``[N, num_classes]``."""
+        assert isinstance(self.objective, GraphObjective)
+        data = self.objective.data
+        with self._as_found():
+            return self.objective.scores(self.model.eval(), data.x, data.adjacency)
+
+
+def _number(value: float | None) -> float:
+    assert value is not None
+    return value

@@ -1,0 +1,194 @@
+"""Checks that a subnet is what it should be: the whole model with the other units switched off."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gist.errors import PartitionError
+from gist.partition.assignment import Assignment
+from gist.partition.rules.registry import rule_of, without_caches
+from gist.partition.samplers import DisjointUniform
+from gist.partition.spec import PartitionSpec, model_tensors
+from gist.partition.streams import stream_seed
+from gist.partition.subnet import Selection, build_subnet, extract, gather, merge, scatter_
+from gist.partition.wiring import Wiring, partition_spec
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_LARGE_MODEL_ENTRIES = 50_000_000
+
+
+@torch.no_grad()
+def masked_model(
+    model: nn.Module, spec: PartitionSpec, assignment: Assignment, subnet: int
+) -> nn.Module:
+    """A copy of the whole model in which every entry that ``subnet`` does not hold is zero.
+
+    Layers that mix units, such as LayerNorm, work over the held units alone (see
+    :meth:`gist.Rule.masked`); modules of absent units are the identity. Slow and obvious: the
+    reference that subnets are compared with.
+    """
+    selection = Selection(spec, assignment, subnet)
+    narrowed = build_subnet(model, spec, assignment, subnet, width_correction=False)
+    masked = copy.deepcopy(model)
+    for name, parameter in masked.named_parameters():
+        layout = spec.layouts[name]
+        if selection.holds(layout):
+            kept = gather(parameter, selection.index(layout))
+            parameter.zero_()
+            scatter_(parameter, selection.index(layout), kept)
+    for path, port in spec.ports.items():
+        held = None if port.input is None else selection.positions(port.input)
+        module = masked.get_submodule(path)
+        replacement = rule_of(module).masked(module, narrowed.get_submodule(path), held)
+        if replacement is not None:
+            masked.set_submodule(path, replacement)
+    for path, (group, unit) in spec.blocks.items():
+        if subnet not in assignment.holders(group, unit):
+            masked.set_submodule(path, nn.Identity())
+    return masked
+
+
+@torch.no_grad()
+def subnet_difference(
+    model: nn.Module, spec: PartitionSpec, assignment: Assignment, subnet: int, inputs: Any
+) -> float:
+    """Largest difference between a subnet's output and the masked whole model's, both in eval mode.
+
+    Args:
+        model: The whole model; left as it is.
+        spec: Its partition spec.
+        assignment: Which units each subnet holds.
+        subnet: Index of the subnet.
+        inputs: Positional arguments of the model.
+
+    Returns:
+        The largest absolute difference over the largest absolute output.
+
+    Raises:
+        PartitionError: the subnet cannot run, or its output has another shape.
+    """
+    narrow = build_subnet(model, spec, assignment, subnet, width_correction=False).eval()
+    whole = masked_model(model, spec, assignment, subnet).eval()
+    expected: Tensor = whole(*inputs)
+    try:
+        got: Tensor = narrow(*inputs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise PartitionError(
+            f"a subnet of {type(model).__name__} cannot run as wired",
+            got=str(error).splitlines()[0],
+            remedy="check the wiring: layers whose features are added or compared share a group",
+        ) from error
+    if got.shape != expected.shape:
+        raise PartitionError(
+            f"a subnet of {type(model).__name__} puts out another shape than the whole model",
+            got=tuple(got.shape),
+            expected=tuple(expected.shape),
+            remedy="leave the output of the last layer whole in the wiring",
+        )
+    scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return float((got - expected).abs().max() / scale)
+
+
+def verify_wiring(
+    model: nn.Module, inputs: Any, *, wiring: Wiring | None = None, seed: int = 0
+) -> float:
+    """Refuses a model whose subnets do not compute what the masked whole model computes.
+
+    Works on a perturbed copy, so that parameters that start at zero count too, and on a narrowed
+    copy where the model has more than fifty million entries.
+
+    Args:
+        model: The model; left as it is.
+        inputs: Positional arguments of the model: a small sample.
+        wiring: See :func:`~gist.partition.wiring.partition_spec`.
+        seed: Seed of the perturbation and of the deals that are tried.
+
+    Returns:
+        The largest relative difference seen.
+
+    Raises:
+        PartitionError: naming the subnet that differed, by how much, and which group explains it.
+    """
+    with torch.random.fork_rng(devices=[]), without_caches(model):
+        torch.manual_seed(stream_seed("verify", seed))
+        trial = _trial_model(model, partition_spec(model, wiring), seed)
+        spec = partition_spec(trial, wiring)
+        _perturb(trial)
+        worst = 0.0
+        parts = min([2, *spec.sizes.values()])
+        dtype = next(trial.parameters()).dtype
+        tolerance = _TOLERANCE.get(dtype, 3e-2)
+        for round in range(2):
+            assignment = DisjointUniform()(spec.sizes, parts, seed=seed, round=round)
+            for subnet in range(parts):
+                difference = subnet_difference(trial, spec, assignment, subnet, inputs)
+                if not difference <= tolerance:
+                    raise PartitionError(
+                        f"the wiring of {type(model).__name__} is wrong: a subnet's output is not "
+                        "that of the whole model with the other units switched off",
+                        got=f"relative difference {difference:.2g} in subnet {subnet}"
+                        + _culprits(trial, spec, inputs, seed, tolerance),
+                        expected=f"at most {tolerance:g}",
+                        remedy="check whose output units are whose input units",
+                    )
+                worst = max(worst, difference)
+    return worst
+
+
+def verify_identity(model: nn.Module, spec: PartitionSpec, assignment: Assignment) -> None:
+    """Checks that extracting every subnet and merging them again changes nothing, bit for bit.
+
+    Raises:
+        PartitionError: naming the tensors that changed.
+    """
+    tensors = {name: t.detach().clone() for name, t in model_tensors(model).items()}
+    parts = [extract(tensors, spec, assignment, i) for i in range(assignment.num_subnets)]
+    merge(tensors, spec, assignment, parts)
+    changed = [n for n, t in model_tensors(model).items() if not torch.equal(t, tensors[n])]
+    if changed:
+        raise PartitionError("extract and merge are not the identity", got=changed)
+
+
+def _trial_model(model: nn.Module, spec: PartitionSpec, seed: int) -> nn.Module:
+    entries = sum(t.numel() for t in model_tensors(model).values())
+    if entries <= _LARGE_MODEL_ENTRIES or spec.blocks:
+        return copy.deepcopy(model)
+    parts = max(1, min(spec.sizes.values()) // 8)
+    assignment = DisjointUniform()(spec.sizes, parts, seed=seed, round=0)
+    return build_subnet(model, spec, assignment, 0, width_correction=False)
+
+
+@torch.no_grad()
+def _perturb(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.add_(torch.rand_like(buffer))
+
+
+def _culprits(
+    model: nn.Module, spec: PartitionSpec, inputs: Any, seed: int, tolerance: float
+) -> str:
+    # Partition one group at a time: the groups that fail alone are what to look at.
+    wrong = []
+    for group in spec.sizes:
+        deal = DisjointUniform()(
+            {group: spec.sizes[group]}, min(2, spec.sizes[group]), seed=seed, round=0
+        )
+        held = {
+            name: deal.held[name] if name == group else (torch.arange(size),) * deal.num_subnets
+            for name, size in spec.sizes.items()
+        }
+        alone = Assignment(round=0, sizes=spec.sizes, held=held)
+        try:
+            fine = subnet_difference(model, spec, alone, 0, inputs) <= tolerance
+        except PartitionError:
+            fine = False
+        if not fine:
+            wrong.append(group)
+    return f"; on its own, group {' and '.join(map(repr, wrong))} differs" if wrong else ""
