@@ -1,0 +1,362 @@
+"""The ``gist`` command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from gist.checkpoint import write_atomically
+from gist.compare import compare as run_comparison
+from gist.compare import render as render_comparison
+from gist.compare import write_run_config
+from gist.config import OPTIMIZER_STATES, OPTIMIZERS, SCHEDULES, SubnetSchedule
+from gist.errors import ConfigError, GistError
+from gist.experiment import METHODS, MODELS, Experiment
+from gist.graph.cards import list_cards, load_card
+from gist.graph.datasets import prepare_dataset
+
+app = typer.Typer(
+    help="Independent subnet training of graph networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console()
+_errors = Console(stderr=True)
+
+Dataset = Annotated[str, typer.Argument(help="Name of a dataset, as `gist prepare --list` prints.")]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="Option of the dataset, NAME=VALUE; may be repeated."),
+]
+Model = Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}.")]
+Hidden = Annotated[int | None, typer.Option(help="Width of every hidden layer.")]
+Layers = Annotated[int | None, typer.Option(help="Number of layers.")]
+NormOption = Annotated[str | None, typer.Option(help="layer, batch or none.")]
+DropoutOption = Annotated[float | None, typer.Option(help="Dropout probability.")]
+Heads = Annotated[int | None, typer.Option(help="Attention heads of a GAT.")]
+LocalSteps = Annotated[int | None, typer.Option(help="Steps of every subnet between two merges.")]
+Epochs = Annotated[float | None, typer.Option(help="Total budget, split over the subnets.")]
+Rounds = Annotated[int | None, typer.Option(help="Budget as a number of rounds instead.")]
+OptimizerOption = Annotated[str | None, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
+Lr = Annotated[float | None, typer.Option("--lr", help="Base learning rate.")]
+WeightDecay = Annotated[float | None, typer.Option(help="Weight decay.")]
+Schedule = Annotated[str | None, typer.Option(help=f"Learning rate: {', '.join(SCHEDULES)}.")]
+OptimizerState = Annotated[
+    str | None, typer.Option(help=f"Between rounds: {' or '.join(OPTIMIZER_STATES)}.")
+]
+ClipNorm = Annotated[float | None, typer.Option(help="Largest gradient norm.")]
+EarlyStopping = Annotated[
+    int | None, typer.Option(help="Stop after so many evaluations without improvement.")
+]
+EvalEvery = Annotated[int | None, typer.Option(help="Evaluate after every so many rounds.")]
+Seed = Annotated[int, typer.Option(help="Seed of initialisation and training.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda where there is one.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the outcome to this file; - prints it.")
+]
+FastDevRun = Annotated[bool, typer.Option(help="A smoke run: one round of two steps.")]
+Deterministic = Annotated[bool, typer.Option(help="Refuse operations that are not deterministic.")]
+
+
+@app.command()
+def train(
+    dataset: Dataset,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gist",
+    subnets: Annotated[
+        str, typer.Option(help="m, or a schedule such as 0.6:8,0.4:1 (share of the budget:m).")
+    ] = "4",
+    data: DataOption = None,
+    model: Model = None,
+    hidden: Hidden = None,
+    layers: Layers = None,
+    norm: NormOption = None,
+    dropout: DropoutOption = None,
+    heads: Heads = None,
+    local_steps: LocalSteps = None,
+    epochs: Epochs = None,
+    rounds: Rounds = None,
+    optimizer: OptimizerOption = None,
+    lr: Lr = None,
+    weight_decay: WeightDecay = None,
+    schedule: Schedule = None,
+    optimizer_state: OptimizerState = None,
+    executor: Annotated[str | None, typer.Option(help="auto or serial.")] = None,
+    clip_norm: ClipNorm = None,
+    early_stopping: EarlyStopping = None,
+    eval_every: EvalEvery = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Write a checkpoint after every so many rounds; needs --out.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run's directory: go on from its last checkpoint.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for model, settings, history, checkpoints.")
+    ] = None,
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    deterministic: Deterministic = False,
+    fast_dev_run: FastDevRun = False,
+) -> None:
+    """Train one model; settings not given come from the dataset's card."""
+    parameters = dict(locals())
+    _use(threads, device)
+    experiment = Experiment(
+        dataset=dataset,
+        method=method,
+        data_options=_pairs(data),
+        settings={
+            **_given(parameters, _TRAIN_SETTINGS),
+            "num_subnets": parse_subnets(subnets),
+            "deterministic": deterministic,
+            "fast_dev_run": fast_dev_run,
+        },
+        seed=seed,
+    )
+    trainer = experiment.trainer(experiment.load_data(), device)
+    result = trainer.fit(resume=resume)
+    summary = {**experiment.summary(trainer, result), "command": _command()}
+    if out is not None:
+        write_run_config(out, summary)
+    _write_json(json_file, summary)
+    if json_file != Path("-"):
+        _console.print(
+            f"{dataset}, {method}, m = {subnets}: {trainer.metric} "
+            f"[bold]{100 * result.test_metric:.2f}%[/] test, "
+            f"{100 * result.val_metric:.2f}% validation (round {result.best.round + 1} of "
+            f"{len(trainer.rounds)}), {result.seconds:.2f} s training, "
+            f"{result.peak_memory_bytes / 2**20:,.0f} MiB peak"
+        )
+
+
+@app.command()
+def compare(
+    dataset: Dataset,
+    subnets: Annotated[
+        str, typer.Option(help="Values of m, with commas; a schedule as 0.6:8/0.4:1.")
+    ] = "1,2,4,8",
+    full: Annotated[bool, typer.Option(help="Also train the full model.")] = True,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
+    data: DataOption = None,
+    model: Model = None,
+    hidden: Hidden = None,
+    layers: Layers = None,
+    norm: NormOption = None,
+    dropout: DropoutOption = None,
+    heads: Heads = None,
+    local_steps: LocalSteps = None,
+    epochs: Epochs = None,
+    rounds: Rounds = None,
+    optimizer: OptimizerOption = None,
+    lr: Lr = None,
+    weight_decay: WeightDecay = None,
+    schedule: Schedule = None,
+    optimizer_state: OptimizerState = None,
+    clip_norm: ClipNorm = None,
+    early_stopping: EarlyStopping = None,
+    eval_every: EvalEvery = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the table, a plot, and every run.")
+    ] = None,
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    deterministic: Deterministic = False,
+    fast_dev_run: FastDevRun = False,
+) -> None:
+    """Compare numbers of subnets with the full model: one table, one plot."""
+    parameters = {**locals(), "out": None}
+    _use(threads, device)
+    experiment = Experiment(
+        dataset=dataset,
+        data_options=_pairs(data),
+        settings={
+            **_given(parameters, _TRAIN_SETTINGS),
+            "deterministic": deterministic,
+            "fast_dev_run": fast_dev_run,
+        },
+        seed=seed,
+    )
+    quiet = json_file == Path("-")
+
+    def announce(name: str, summary: dict[str, Any]) -> None:
+        if not quiet:
+            _errors.print(
+                f"{name}: test {100 * summary['test_metric']:.2f}%, {summary['seconds']:.2f} s"
+            )
+
+    values = [parse_subnets(text.replace("/", ",")) for text in subnets.split(",")]
+    table = run_comparison(
+        experiment, values, full=full, seeds=seeds, device=device, out=out, on_run=announce
+    )
+    table["command"] = _command()
+    if out is not None:
+        from gist.plots import comparison, save_figure
+
+        write_atomically(out / "table.json", json.dumps(table, indent=1))
+        save_figure(comparison(table), out / "compare.png")
+    _write_json(json_file, table)
+    if not quiet:
+        _console.print(render_comparison(table))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs or of a comparison.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the report; by default the first run's.")
+    ] = None,
+) -> None:
+    """Write curves, the partition heat map and a cost table: PNGs and one self-contained page."""
+    from gist.report import write_report
+
+    _console.print(f"Report: {write_report(runs, out)}", soft_wrap=True)
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """Say what is installed, which kernels will be used, and why not others."""
+    from gist.doctor import diagnose, render
+
+    diagnosis = diagnose()
+    _write_json(json_file, asdict(diagnosis))
+    if json_file != Path("-"):
+        _console.print(render(diagnosis))
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str | None, typer.Argument(help="Name of a dataset.")] = None,
+    list_datasets: Annotated[bool, typer.Option("--list", help="List the datasets.")] = False,
+) -> None:
+    """Download and verify a dataset: the only command that uses the network."""
+    if list_datasets or dataset is None:
+        for name in list_cards():
+            _console.print(f"{name:10} {load_card(name).title}", soft_wrap=True)
+        return
+    place = prepare_dataset(dataset)
+    _console.print(
+        f"{dataset} is generated: nothing to download"
+        if place is None
+        else f"{dataset} is ready in {place}",
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    """Runs the command line; an error that a user can mend is one line, not a traceback."""
+    try:
+        app()
+    except GistError as error:
+        _errors.print(f"[bold red]error[/]: {_escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def parse_subnets(text: str) -> int | SubnetSchedule:
+    """``"8"``, or a schedule ``"0.6:8,0.4:1"`` of (share of the budget, m).
+
+    Raises:
+        ConfigError: the text is neither.
+    """
+    try:
+        if ":" not in text:
+            return int(text)
+        return tuple((float(s), int(m)) for s, m in (part.split(":") for part in text.split(",")))
+    except ValueError:
+        raise ConfigError(
+            "cannot read the number of subnets",
+            got=repr(text),
+            expected="a number such as 8, or shares of the budget such as 0.6:8,0.4:1",
+        ) from None
+
+
+_TRAIN_SETTINGS = (
+    "model",
+    "hidden",
+    "layers",
+    "norm",
+    "dropout",
+    "heads",
+    "local_steps",
+    "epochs",
+    "rounds",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "schedule",
+    "optimizer_state",
+    "executor",
+    "clip_norm",
+    "early_stopping",
+    "eval_every",
+    "checkpoint_every",
+    "out",
+)
+
+
+def _given(parameters: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    given = {name: parameters[name] for name in names if parameters.get(name) is not None}
+    if given.get("norm") == "none":
+        given["norm"] = None
+    if "out" in given:
+        given["out"] = str(given["out"])
+    return given
+
+
+def _pairs(options: list[str] | None) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for option in options or []:
+        name, found, value = option.partition("=")
+        if not found:
+            raise ConfigError("a dataset option needs a value", got=option, expected="NAME=VALUE")
+        try:
+            pairs[name] = json.loads(value)
+        except json.JSONDecodeError:
+            pairs[name] = value
+    return pairs
+
+
+def _use(threads: int | None, device: str) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "this device cannot be used",
+            got=device,
+            expected="cpu",
+            remedy=f"run `gist doctor`; torch says: {str(error).splitlines()[0]}",
+        ) from None
+
+
+def _command() -> str:
+    return shlex.join(["gist", *sys.argv[1:]])
+
+
+def _write_json(file: Path | None, values: dict[str, Any]) -> None:
+    if file == Path("-"):
+        typer.echo(json.dumps(values, indent=1))
+    elif file is not None:
+        write_atomically(file, json.dumps(values, indent=1))
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

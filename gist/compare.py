@@ -1,0 +1,149 @@
+"""Side by side: subnet training against the full model, same data, same budget, several seeds."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from gist.checkpoint import write_atomically
+from gist.config import SubnetSchedule
+from gist.experiment import Experiment
+
+
+def compare(
+    base: Experiment,
+    subnets: Sequence[int | SubnetSchedule],
+    *,
+    full: bool = True,
+    seeds: int = 1,
+    device: str = "cpu",
+    out: Path | None = None,
+    on_run: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Runs every method with every seed, the methods of one seed in turn.
+
+    Args:
+        base: Dataset and settings that all runs share.
+        subnets: Values of m to compare.
+        full: Whether to run the full model, which speedups then refer to.
+        seeds: Number of seeds, from ``base.seed`` on.
+        device: Where to run.
+        out: Receives ``table.json`` and, below ``runs/``, every run.
+        on_run: Called with the name and the summary of each finished run.
+
+    Returns:
+        ``dataset``, ``metric`` and ``rows``, one row per method: mean and standard deviation of the
+        metrics over the seeds (unbiased), median seconds, speedup, peak memory, parameters.
+    """
+    data = base.load_data()
+    methods = [replace(base, method="full")] if full else []
+    methods += [replace(base, settings={**base.settings, "num_subnets": m}) for m in subnets]
+    runs: list[list[dict[str, Any]]] = [[] for _ in methods]
+    folders: list[list[str]] = [[] for _ in methods]
+    for seed in range(base.seed, base.seed + seeds):
+        for i, method in enumerate(methods):
+            name = f"{_label(method)}-seed{seed}"
+            settings = dict(method.settings)
+            if out is not None:
+                settings["out"] = str(out / "runs" / name)
+                folders[i].append(f"runs/{name}")
+            experiment = replace(method, settings=settings, seed=seed)
+            trainer = experiment.trainer(data, device)
+            summary = experiment.summary(trainer, trainer.fit())
+            if out is not None:
+                write_run_config(out / "runs" / name, summary)
+            runs[i].append(summary)
+            if on_run is not None:
+                on_run(name, summary)
+            del trainer
+            gc.collect()
+    rows = [_row(m, r, f) for m, r, f in zip(methods, runs, folders, strict=True)]
+    for row in rows:
+        row["speedup"] = rows[0]["seconds"] / row["seconds"] if full else None
+    table = {"dataset": base.dataset, "metric": runs[0][0]["metric"], "rows": rows}
+    if out is not None:
+        write_atomically(out / "table.json", json.dumps(table, indent=1))
+    return table
+
+
+def write_run_config(folder: Path, summary: dict[str, Any]) -> None:
+    """Adds what only the caller of a trainer knows (dataset, method, model) to a run's directory."""
+    path = folder / "config.json"
+    known = json.loads(path.read_text())
+    keys = ("dataset", "method", "model", "metric", "model_settings", "versions")
+    write_atomically(path, json.dumps({**known, **{k: summary[k] for k in keys}}, indent=1))
+
+
+def render(table: dict[str, Any]) -> Table:
+    """The comparison as a table for the terminal; fits into 80 columns."""
+    total = table["rows"][0]["num_parameters"]
+    seeds = table["rows"][0]["seeds"]
+    view = Table(
+        title=f"{table['dataset']}: {table['metric']} in %, at the best validation round",
+        caption=f"{seeds} seed{'s' if seeds > 1 else ''}; {total:,} parameters in all; MiB: peak memory",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+    )
+    view.add_column("method", no_wrap=True)
+    view.add_column("m", no_wrap=True)
+    for column in ("validation", "test", "seconds", "speedup", "MiB", "params/subnet"):
+        view.add_column(column, justify="right", no_wrap=True)
+    for row in table["rows"]:
+        view.add_row(
+            row["method"],
+            schedule_text(row["subnets"]),
+            _percent(row["val_mean"], row["val_std"], row["seeds"]),
+            _percent(row["test_mean"], row["test_std"], row["seeds"]),
+            f"{row['seconds']:.2f}",
+            "" if row["speedup"] is None else f"{row['speedup']:.1f}x",
+            f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+            f"{row['parameters_per_subnet']:,}",
+        )
+    return view
+
+
+def _row(method: Experiment, runs: list[dict[str, Any]], folders: list[str]) -> dict[str, Any]:
+    val = [run["val_metric"] for run in runs]
+    test = [run["test_metric"] for run in runs]
+    return {
+        "method": method.method,
+        "subnets": runs[0]["subnets"],
+        "seeds": len(runs),
+        "val_mean": mean(val),
+        "val_std": stdev(val) if len(val) > 1 else 0.0,
+        "test_mean": mean(test),
+        "test_std": stdev(test) if len(test) > 1 else 0.0,
+        "seconds": median(run["seconds"] for run in runs),
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "num_parameters": runs[0]["num_parameters"],
+        "parameters_per_subnet": max(runs[0]["parameters_per_subnet"]),
+        "runs": folders,
+    }
+
+
+def _label(method: Experiment) -> str:
+    if method.method == "full":
+        return "full"
+    return f"gist-m{schedule_text(method.settings['num_subnets'])}".translate(
+        {ord(","): "-", ord(":"): "x"}
+    )
+
+
+def schedule_text(subnets: Any) -> str:
+    """m, or a schedule as the command line takes it."""
+    if isinstance(subnets, int):
+        return str(subnets)
+    return ",".join(f"{share:g}:{m}" for share, m in subnets)
+
+
+def _percent(value: float, deviation: float, seeds: int) -> str:
+    text = f"{100 * value:.1f}"
+    return f"{text} ± {100 * deviation:.1f}" if seeds > 1 else text

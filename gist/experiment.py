@@ -1,0 +1,151 @@
+"""From names to a run: dataset, model and settings by name, defaults from the dataset's card."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+import gist
+from gist.baselines import full_model_settings
+from gist.config import TrainConfig
+from gist.errors import ConfigError
+from gist.graph.cards import load_card
+from gist.graph.data import GraphData
+from gist.graph.datasets import load_dataset
+from gist.history import TrainResult
+from gist.nn import GAT, GCN, GraphSAGE
+from gist.partition.streams import stream_seed
+from gist.trainer import GISTTrainer
+
+MODELS = ("gcn", "sage", "sage-concat", "gat")
+METHODS = ("gist", "full")
+MODEL_SETTINGS = ("model", "hidden", "layers", "norm", "dropout", "heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run by names.
+
+    Attributes:
+        dataset: As :func:`gist.load_dataset` takes it.
+        method: ``"gist"``, or ``"full"`` for ordinary training of the whole model.
+        data_options: Options of the dataset.
+        settings: Model settings (model, hidden, layers, norm, dropout, heads) and the attributes of
+            :class:`~gist.config.TrainConfig`; what is not given comes from the dataset's card.
+        seed: Of initialisation and training.
+    """
+
+    dataset: str
+    method: str = "gist"
+    data_options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings: the card's for this number of subnets, then the given ones.
+
+        Raises:
+            ConfigError: the method is unknown.
+        """
+        if self.method not in METHODS:
+            raise ConfigError(
+                "unknown method", got=repr(self.method), expected=" or ".join(METHODS)
+            )
+        subnets = self.settings.get("num_subnets", TrainConfig.num_subnets)
+        most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
+        card = load_card(self.dataset).settings_for(1 if self.method == "full" else most)
+        if "rounds" in self.settings:
+            del card["epochs"]
+        settings = {**card, "num_subnets": subnets, **self.settings, "seed": self.seed}
+        return full_model_settings(settings) if self.method == "full" else settings
+
+    def load_data(self) -> GraphData:
+        """The dataset."""
+        return load_dataset(self.dataset, **self.data_options)
+
+    def trainer(self, data: GraphData, device: str = "cpu") -> GISTTrainer:
+        """A trainer with a freshly initialised model.
+
+        Raises:
+            ConfigError: a setting that cannot be used.
+            PartitionError: a model that cannot be partitioned into that many subnets.
+        """
+        settings = self.resolved()
+        model_settings = {k: settings.pop(k) for k in MODEL_SETTINGS if k in settings}
+        model = build_model(data, seed=self.seed, **model_settings).to(device)
+        return GISTTrainer(model, data, **settings)
+
+    def summary(self, trainer: GISTTrainer, result: TrainResult) -> dict[str, Any]:
+        """The run and its outcome as JSON values, as ``gist train --json`` writes them."""
+        settings = self.resolved()
+        subnets = trainer.config.num_subnets
+        return {
+            "dataset": self.dataset,
+            "method": self.method,
+            "model": settings["model"],
+            "executor": trainer.executor.name,
+            "hidden": settings["hidden"],
+            "layers": settings["layers"],
+            "subnets": subnets if isinstance(subnets, int) else [list(p) for p in subnets],
+            "workers": 1,
+            "local_steps": trainer.config.local_steps,
+            "epochs": result.history[-1].epochs,
+            "seed": self.seed,
+            "metric": trainer.metric,
+            **{k: v for k, v in result.to_json().items() if k != "best"},
+            "best_round": result.best.round,
+            "rounds": len(result.history),
+            "settings": trainer.config.to_json(),
+            "model_settings": {k: settings[k] for k in MODEL_SETTINGS if k in settings},
+            "versions": versions(),
+        }
+
+
+def build_model(
+    data: GraphData,
+    *,
+    model: str = "gcn",
+    hidden: int = 256,
+    layers: int = 3,
+    norm: str | None = "layer",
+    dropout: float = 0.5,
+    heads: int = 8,
+    seed: int = 0,
+) -> nn.Module:
+    """A reference model for a graph, initialised from ``seed`` alone.
+
+    Raises:
+        ConfigError: the model is unknown, or a size that cannot be.
+    """
+    if model not in MODELS:
+        raise ConfigError("unknown model", got=repr(model), expected=" or ".join(MODELS))
+    for name, value in (("hidden", hidden), ("layers", layers), ("heads", heads)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1", got=value)
+    if not 0 <= dropout < 1:
+        raise ConfigError("dropout must be in [0, 1)", got=dropout)
+    if model == "gat" and hidden % heads:
+        raise ConfigError(
+            "hidden must be a multiple of heads", got=f"hidden={hidden}, heads={heads}"
+        )
+    shape = (data.num_features, hidden, data.num_classes, layers)
+    common: dict[str, Any] = {"dropout": dropout, "norm": norm}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed("model", seed))
+        if model == "gcn":
+            return GCN(*shape, **common)
+        if model == "gat":
+            return GAT(*shape, heads=heads, **common)
+        return GraphSAGE(*shape, concat=model == "sage-concat", **common)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    packages = ("torch", "torch-geometric", "numpy", "scipy")
+    own = {"gist": gist.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}
