@@ -1,4 +1,4 @@
-"""Checkpoints: tensors in safetensors, the rest in JSON, no pickle; complete or not there at all."""
+"""Checkpoints: safetensors and JSON, no pickle; complete or not there at all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -94,7 +94,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint, or the newest sound one below a run's directory.
 
     Args:
-        path: ``.../round-NNNNNN``, the ``checkpoints`` folder that holds it, or the run's directory.
+        path: ``.../round-NNNNNN``, the ``checkpoints`` folder around it, or the run's directory.
 
     Raises:
         CheckpointError: there is none, or every one is damaged; names the file and the damage.

@@ -75,31 +75,34 @@ def compare(
 
 
 def write_run_config(folder: Path, summary: dict[str, Any]) -> None:
-    """Adds what only the caller of a trainer knows (dataset, method, model) to a run's directory."""
+    """Adds dataset, method and model, which a trainer does not know, to a run's directory."""
     path = folder / "config.json"
     known = json.loads(path.read_text())
-    keys = ("dataset", "method", "model", "metric", "model_settings", "versions")
-    write_atomically(path, json.dumps({**known, **{k: summary[k] for k in keys}}, indent=1))
+    keys = ("dataset", "method", "model", "model_settings", "versions", "command")
+    added = {key: summary[key] for key in keys if key in summary}
+    write_atomically(path, json.dumps({**known, **added}, indent=1))
 
 
 def render(table: dict[str, Any]) -> Table:
-    """The comparison as a table for the terminal; fits into 80 columns."""
+    """The comparison as a table for the terminal, 80 columns wide or less."""
     total = table["rows"][0]["num_parameters"]
     seeds = table["rows"][0]["seeds"]
     view = Table(
         title=f"{table['dataset']}: {table['metric']} in %, at the best validation round",
-        caption=f"{seeds} seed{'s' if seeds > 1 else ''}; {total:,} parameters in all; MiB: peak memory",
-        box=box.HORIZONTALS,
+        caption=f"{seeds} seed{'s' if seeds > 1 else ''}; MiB: peak memory; "
+        f"per subnet: parameters, of {total:,} in all",
+        box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=False,
     )
     view.add_column("method", no_wrap=True)
-    view.add_column("m", no_wrap=True)
-    for column in ("validation", "test", "seconds", "speedup", "MiB", "params/subnet"):
+    view.add_column("m", overflow="fold")
+    for column in ("validation", "test", "seconds", "speedup", "MiB", "per subnet"):
         view.add_column(column, justify="right", no_wrap=True)
     for row in table["rows"]:
         view.add_row(
             row["method"],
-            schedule_text(row["subnets"]),
+            _column_text(row["subnets"]),
             _percent(row["val_mean"], row["val_std"], row["seeds"]),
             _percent(row["test_mean"], row["test_std"], row["seeds"]),
             f"{row['seconds']:.2f}",
@@ -132,16 +135,14 @@ def _row(method: Experiment, runs: list[dict[str, Any]], folders: list[str]) -> 
 def _label(method: Experiment) -> str:
     if method.method == "full":
         return "full"
-    return f"gist-m{schedule_text(method.settings['num_subnets'])}".translate(
-        {ord(","): "-", ord(":"): "x"}
-    )
-
-
-def schedule_text(subnets: Any) -> str:
-    """m, or a schedule as the command line takes it."""
+    subnets = method.settings["num_subnets"]
     if isinstance(subnets, int):
-        return str(subnets)
-    return ",".join(f"{share:g}:{m}" for share, m in subnets)
+        return f"gist-m{subnets}"
+    return "gist-" + "-".join(f"{share:g}x{m}" for share, m in subnets)
+
+
+def _column_text(subnets: Any) -> str:
+    return str(subnets) if isinstance(subnets, int) else "→".join(str(m) for _, m in subnets)
 
 
 def _percent(value: float, deviation: float, seeds: int) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -75,7 +76,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     schedule: str | LearningRateSchedule = "step"
     optimizer_state: Literal["reset", "carry"] = "reset"
-    sampler: Sampler = DisjointUniform()
+    sampler: Sampler = field(default_factory=DisjointUniform)
     width_correction: bool | None = None
     executor: str = "auto"
     clip_norm: float | None = None
@@ -130,7 +131,7 @@ class TrainConfig:
             _require_count("num_subnets", self.num_subnets)
             return
         try:
-            phases = tuple((float(share), int(m)) for share, m in self.num_subnets)
+            phases = tuple((float(share), operator.index(m)) for share, m in self.num_subnets)
         except (TypeError, ValueError):
             phases = ()
         shares = [share for share, _ in phases]
@@ -157,7 +158,7 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown name, with the closest known one.
         """
-        known = [field.name for field in fields(cls)]
+        known = [entry.name for entry in fields(cls)]
         for name in settings.keys() - set(known):
             close = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(
@@ -169,7 +170,7 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; functions by their qualified name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["sampler"] = {"name": type(self.sampler).__name__, **asdict(self.sampler)}  # type: ignore[call-overload]
         values["callbacks"] = [_name_of(callback) for callback in self.callbacks]
         for name in ("optimizer", "schedule"):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import nn
 
 import gist
@@ -19,7 +18,7 @@ from gist.graph.data import GraphData
 from gist.graph.datasets import load_dataset
 from gist.history import TrainResult
 from gist.nn import GAT, GCN, GraphSAGE
-from gist.partition.streams import stream_seed
+from gist.partition.streams import seeded
 from gist.trainer import GISTTrainer
 
 MODELS = ("gcn", "sage", "sage-concat", "gat")
@@ -135,8 +134,7 @@ def build_model(
         )
     shape = (data.num_features, hidden, data.num_classes, layers)
     common: dict[str, Any] = {"dropout": dropout, "norm": norm}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed("model", seed))
+    with seeded("model", seed):
         if model == "gcn":
             return GCN(*shape, **common)
         if model == "gat":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gist.config import DEFAULT_EPOCHS, TrainConfig, learning_rate_factor
@@ -42,12 +43,16 @@ def plan_rounds(config: TrainConfig, steps_per_epoch: int) -> list[RoundPlan]:
     if config.fast_dev_run:
         m = config.phases[0][1]
         factors = tuple(learning_rate_factor(config.schedule, share) for share in (0.0, 0.5))
-        return [RoundPlan(index=0, num_subnets=m, rate_factors=factors, epochs_spent=2.0 * m)]
+        spent = 2 * m / steps_per_epoch
+        return [RoundPlan(index=0, num_subnets=m, rate_factors=factors, epochs_spent=spent)]
     plans: list[RoundPlan] = []
     spent = before = 0.0
     for share, m in config.phases:
         if config.rounds is not None:
-            steps = round(share * config.rounds) * config.local_steps
+            start_round, stop_round = (
+                math.floor(s * config.rounds + 0.5) for s in (before, before + share)
+            )
+            steps = (stop_round - start_round) * config.local_steps
         else:
             steps = int((config.epochs or DEFAULT_EPOCHS) * share * steps_per_epoch / m + 1e-9)
         if steps < 1:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class SubnetTrainer:
         spec: Its partition spec.
         rounds: The plan of every round.
         history: One record per round so far.
+        result: What :meth:`fit` returned; None before.
 
     Raises:
         ConfigError: settings that cannot be used.
@@ -85,6 +86,7 @@ class SubnetTrainer:
         self.executor = SerialExecutor(model, self.spec, objective, self.config)
         self.history: list[RoundRecord] = []
         self.best: RoundRecord | None = None
+        self.result: TrainResult | None = None
         self._best_tensors: dict[str, Tensor] = {}
 
     def fit(self, resume: str | Path | None = None) -> TrainResult:
@@ -115,20 +117,19 @@ class SubnetTrainer:
                 stop = [callback(self, record) for callback in self.config.callbacks]
                 if any(stop) or self._is_stale():
                     break
-        result = self._result(memory.bytes())
+            if self.history[-1].val_metric is None:  # stopped between two evaluations
+                self._evaluate_round(self.rounds[self.history[-1].round])
+        self.result = self._result(memory.bytes())
         self._load(self._best_tensors)
         if self.config.out is not None:
-            self.save(self.config.out, result)
-        return result
+            self.save(self.config.out)
+        return self.result
 
     def _run_round(self, plan: RoundPlan) -> RoundRecord:
         start = time.perf_counter()
         assignment = self.assign(plan)
         report = self.executor.run_round(plan, assignment)
-        trained = time.perf_counter()
-        metrics = self._evaluate_round(plan)
-        evaluated = time.perf_counter()
-
+        seconds = time.perf_counter() - start
         last = self.history[-1] if self.history else None
         record = RoundRecord(
             round=plan.index,
@@ -137,24 +138,21 @@ class SubnetTrainer:
             epochs=plan.epochs_spent,
             learning_rate_factor=plan.rate_factors[-1],
             train_loss=report.train_loss,
-            seconds=trained - start + (last.seconds if last else 0.0),
-            eval_seconds=evaluated - trained + (last.eval_seconds if last else 0.0),
+            seconds=seconds + (last.seconds if last else 0.0),
+            eval_seconds=last.eval_seconds if last else 0.0,
             repartition_seconds=report.repartition_seconds
             + (last.repartition_seconds if last else 0.0),
             bytes_sent=report.bytes_sent + (last.bytes_sent if last else 0),
             bytes_received=report.bytes_received + (last.bytes_received if last else 0),
-            **metrics,
         )
         self.history.append(record)
-        if record.is_better_than(self.best):
-            self.best = record
-            self._best_tensors = {
-                name: tensor.detach().clone() for name, tensor in model_tensors(self.model).items()
-            }
+        is_last = plan.index == len(self.rounds) - 1
+        if is_last or (plan.index + 1) % self.config.eval_every == 0:
+            self._evaluate_round(plan)
         every = self.config.checkpoint_every
         if every is not None and (plan.index + 1) % every == 0:
             self.save_checkpoint()
-        return record
+        return self.history[-1]
 
     def assign(self, plan: RoundPlan) -> Assignment:
         """The assignment of a round: a function of (seed, round) alone."""
@@ -182,10 +180,9 @@ class SubnetTrainer:
         """Name of the metric."""
         return "metric"
 
-    def _evaluate_round(self, plan: RoundPlan) -> dict[str, float]:
-        last = plan.index == len(self.rounds) - 1
-        if not last and (plan.index + 1) % self.config.eval_every:
-            return {}
+    def _evaluate_round(self, plan: RoundPlan) -> None:
+        """Adds the merged model's metrics to the last record, and keeps the model if it is best."""
+        start = time.perf_counter()
         wanted = self.config.recalibrate_bn
         if plan.num_subnets > 1 if wanted is None else wanted:
             batches = self.objective.batches(
@@ -195,7 +192,15 @@ class SubnetTrainer:
                 steps=self.objective.steps_per_epoch,
             )
             recalibrate_batchnorm(self.model, self.objective, batches)
-        return self.objective.evaluate(self.model.eval())
+        metrics = self.objective.evaluate(self.model.eval())
+        seconds = self.history[-1].eval_seconds + time.perf_counter() - start
+        record = replace(self.history[-1], eval_seconds=seconds, **metrics)  # type: ignore[arg-type]
+        self.history[-1] = record
+        if record.is_better_than(self.best):
+            self.best = record
+            self._best_tensors = {
+                name: tensor.detach().clone() for name, tensor in model_tensors(self.model).items()
+            }
 
     def _is_stale(self) -> bool:
         patience = self.config.early_stopping
@@ -216,7 +221,7 @@ class SubnetTrainer:
             self.config.sampler(self.spec.sizes, m, seed=self.config.seed, round=0)
 
     def _result(self, peak_memory_bytes: int) -> TrainResult:
-        assert self.best is not None, "the last round is always evaluated"
+        assert self.best is not None, "the last round that ran is evaluated"
         evaluated = [r for r in self.history if r.test_metric is not None]
         last = self.history[-1]
         assignment = self.assign(self.rounds[last.round])
@@ -243,25 +248,25 @@ class SubnetTrainer:
             parameters_per_subnet=tuple(per_subnet),
         )
 
-    def save(self, folder: str | Path, result: TrainResult | None = None) -> None:
+    def save(self, folder: str | Path) -> None:
         """Writes the model, the settings and the history; each file appears complete or not at all.
 
         Args:
             folder: Receives ``model.safetensors``, ``config.json``, ``history.jsonl`` and, after
                 :meth:`fit`, ``result.json``.
-            result: What :meth:`fit` returned.
         """
         folder = Path(folder)
         save_tensors(folder / "model.safetensors", model_tensors(self.model))
         write_atomically(folder / "config.json", json.dumps(self.describe(), indent=1))
         write_history(folder / "history.jsonl", self.history)
-        if result is not None:
-            write_atomically(folder / "result.json", json.dumps(result.to_json(), indent=1))
+        if self.result is not None:
+            write_atomically(folder / "result.json", json.dumps(self.result.to_json(), indent=1))
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON values: model, groups, settings."""
         return {
             "model": type(self.model).__name__,
+            "metric": self.metric,
             "executor": self.executor.name,
             "groups": self.spec.sizes,
             "settings": self.config.to_json(),

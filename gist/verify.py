@@ -13,8 +13,16 @@ from gist.partition.assignment import Assignment
 from gist.partition.rules.registry import rule_of, without_caches
 from gist.partition.samplers import DisjointUniform
 from gist.partition.spec import PartitionSpec, model_tensors
-from gist.partition.streams import stream_seed
-from gist.partition.subnet import Selection, build_subnet, extract, gather, merge, scatter_
+from gist.partition.streams import seeded
+from gist.partition.subnet import (
+    Absent,
+    Selection,
+    build_subnet,
+    extract,
+    gather,
+    merge,
+    scatter_,
+)
 from gist.partition.wiring import Wiring, partition_spec
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -48,7 +56,7 @@ def masked_model(
             masked.set_submodule(path, replacement)
     for path, (group, unit) in spec.blocks.items():
         if subnet not in assignment.holders(group, unit):
-            masked.set_submodule(path, nn.Identity())
+            masked.set_submodule(path, Absent())
     return masked
 
 
@@ -113,8 +121,7 @@ def verify_wiring(
     Raises:
         PartitionError: naming the subnet that differed, by how much, and which group explains it.
     """
-    with torch.random.fork_rng(devices=[]), without_caches(model):
-        torch.manual_seed(stream_seed("verify", seed))
+    with seeded("verify", seed), without_caches(model):
         trial = _trial_model(model, partition_spec(model, wiring), seed)
         spec = partition_spec(trial, wiring)
         _perturb(trial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,7 +68,7 @@ def train_locally(
         optimizer.step()
         losses.append(loss.detach())
     mean = float(torch.stack(losses).mean())
-    if not mean < float("inf"):
+    if not math.isfinite(mean):
         raise DivergedError(
             "the training loss is no longer finite",
             got=[float(loss) for loss in losses][-5:],

@@ -6,7 +6,6 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from gist.config import TrainConfig
@@ -15,9 +14,12 @@ from gist.execution.objective import Objective
 from gist.partition.assignment import Assignment
 from gist.partition.optim_state import CarriedState, State
 from gist.partition.spec import PartitionSpec, model_tensors
-from gist.partition.streams import stream_seed
+from gist.partition.streams import seeded
 from gist.partition.subnet import build_subnet, extract, merge
 from gist.plan import RoundPlan
+
+_KEPT_SHAPES = 16
+"""Narrow modules that are kept for reuse; samplers with random sizes give ever new shapes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,6 @@ class SerialExecutor:
         self.spec, self.objective, self.config = spec, objective, config
         self.model = model
         self.tensors = model_tensors(model)
-        self.devices = sorted({t.device.index or 0 for t in self.tensors.values() if t.is_cuda})
         self.carried: CarriedState | None = None
         if config.optimizer_state == "carry":
             self.carried = CarriedState(spec, dict(model.named_parameters()))
@@ -96,6 +97,8 @@ class SerialExecutor:
         ]
         shape = (*sorted(assignment.widths(subnet).items()), *absent)
         if shape not in self._modules:
+            if len(self._modules) >= _KEPT_SHAPES:
+                self._modules.pop(next(iter(self._modules)))
             self._modules[shape] = build_subnet(
                 self.model,
                 self.spec,
@@ -107,6 +110,7 @@ class SerialExecutor:
         parts = extract(self.tensors, self.spec, assignment, subnet)
         for name, tensor in model_tensors(module).items():
             tensor.data = parts[name]
+            tensor.requires_grad_(self.tensors[name].requires_grad)
         return module
 
     def _train(
@@ -126,8 +130,7 @@ class SerialExecutor:
         batches = self.objective.batches(
             seed=seed, round=plan.index, subnet=subnet, steps=plan.local_steps
         )
-        with torch.random.fork_rng(devices=self.devices):
-            torch.manual_seed(stream_seed("train", seed, plan.index, subnet))
+        with seeded("train", seed, plan.index, subnet):
             try:
                 loss = train_locally(
                     module,

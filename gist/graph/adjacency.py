@@ -198,6 +198,7 @@ class Adjacency:
         self.edge_weight = edge_weight
         self.num_nodes = int(num_nodes)
         self._constants: Any = WeakIdKeyDictionary()
+        self._matrices: dict[tuple[str, torch.dtype], SparseMatrix] = {}
 
     def __repr__(self) -> str:
         kind = "weighted" if self.edge_weight is not None else "unweighted"
@@ -236,20 +237,40 @@ class Adjacency:
         difference = abs(matrix - matrix.T)
         return difference.nnz == 0 or float(difference.max()) == 0.0
 
-    @cached_property
+    @property
     def gcn(self) -> SparseMatrix:
         """``D^-1/2 (A + I) D^-1/2`` (Kipf & Welling, 2017), by PyG's ``gcn_norm``."""
-        index, weight = gcn_norm(self.edge_index, self.edge_weight, self.num_nodes)
-        return self._matrix(index, weight, symmetric=self.is_symmetric)
+        return self.matrix("gcn")
 
-    @cached_property
+    @property
     def mean(self) -> SparseMatrix:
         """``D^-1 A``: the mean over in-neighbours, edge weights ignored, as in GraphSAGE."""
-        degree = torch.bincount(self.edge_index[1], minlength=self.num_nodes).clamp(min=1)
-        weight = degree.to(torch.float32).reciprocal()[self.edge_index[1]]
-        return self._matrix(self.edge_index, weight, symmetric=False)
+        return self.matrix("mean")
 
-    def _matrix(self, index: Tensor, weight: Tensor, *, symmetric: bool) -> SparseMatrix:
+    def matrix(
+        self, form: Literal["gcn", "mean"], dtype: torch.dtype = torch.float32
+    ) -> SparseMatrix:
+        """A normalised form of the adjacency, built on first use and kept.
+
+        Args:
+            form: ``"gcn"`` or ``"mean"``.
+            dtype: Of the features it will be multiplied with: float64 is computed in float64, all
+                others in float32.
+        """
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        if (form, dtype) not in self._matrices:
+            self._matrices[form, dtype] = self._build(form, dtype)
+        return self._matrices[form, dtype]
+
+    def _build(self, form: Literal["gcn", "mean"], dtype: torch.dtype) -> SparseMatrix:
+        if form == "gcn":
+            weight = None if self.edge_weight is None else self.edge_weight.to(dtype)
+            index, weight = gcn_norm(self.edge_index, weight, self.num_nodes, dtype=dtype)
+        else:
+            index = self.edge_index
+            degree = torch.bincount(index[1], minlength=self.num_nodes).clamp(min=1)
+            weight = degree.to(dtype).reciprocal()[index[1]]
+        symmetric = form == "gcn" and self.is_symmetric
         matrix = SparseMatrix.from_scipy(self._scipy(index, weight), symmetric=symmetric)
         return matrix.to(self.device)
 
@@ -274,7 +295,7 @@ class Adjacency:
         """
         if self.is_constant(x):
             return self._kept(form, x)[0]
-        return x if form == "identity" else self._form(form).matmul(x)
+        return x if form == "identity" else self.matrix(form, x.dtype).matmul(x)
 
     def project(self, form: Form, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``M x Wᵀ + b``, where M is as in :meth:`propagate`.
@@ -295,14 +316,11 @@ class Adjacency:
                 return out if bias is None else out + bias
         return F.linear(self.propagate(form, x), weight, bias)
 
-    def _form(self, form: Form) -> SparseMatrix:
-        return self.gcn if form == "gcn" else self.mean
-
     def _kept(self, form: Form, x: Tensor) -> tuple[Tensor, SparseMatrix | None]:
         kept = self._constants[x]
         version, *product = kept.get(form, (None,))
         if version != x._version:
-            dense = x if form == "identity" else self._form(form).rows.product(x)
+            dense = x if form == "identity" else self.matrix(form, x.dtype).rows.product(x)
             product = [dense, _if_sparse(dense)]
             kept[form] = (x._version, *product)
         return product[0], product[1]
@@ -315,8 +333,6 @@ class Adjacency:
         weight = None if self.edge_weight is None else self.edge_weight.to(device)
         other = copy.copy(self)
         other.edge_index, other.edge_weight = moved, weight
-        for form in ("gcn", "mean"):
-            if form in vars(self):
-                vars(other)[form] = vars(self)[form].to(device)
+        other._matrices = {key: matrix.to(device) for key, matrix in self._matrices.items()}
         other._constants = WeakIdKeyDictionary()
         return other

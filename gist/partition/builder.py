@@ -74,6 +74,7 @@ class SpecBuilder:
         layer = Layer(self, path, module, input, produces, units)
         try:
             rule = rule_of(module)
+            layer.contracts = rule.contracts
             output = rule.connect(layer)
         except PartitionError as error:
             self._findings.append(f"{path}: {error}")
@@ -83,11 +84,11 @@ class SpecBuilder:
                 path=path,
                 input=input,
                 output=output,
-                contracts=rule.contracts,
+                contracts=layer.contracts,
                 normalizes=rule.normalizes,
             )
             reused = self._ports.setdefault(path, port) != port
-            if reused and (rule.contracts or rule.normalizes):
+            if reused and (layer.contracts or rule.normalizes):
                 self._findings.append(f"{path}: used twice, with features of different unit groups")
         return output
 
@@ -123,6 +124,11 @@ class SpecBuilder:
         tensor = getattr(owner, name)
         if tensor is None:
             return
+        if id(tensor) not in self._names:
+            raise PartitionError(
+                f"{name} is computed, not a parameter or buffer of the model",
+                remedy="remove parametrisations such as spectral_norm before training",
+            )
         full = self._names[id(tensor)]
         # A lazy tensor has no shape yet; the spec's check names it.
         shape = () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
@@ -173,6 +179,8 @@ class Layer:
         path: Its full name.
         input: Axis of its input features; None where these are whole.
         units: What the wiring asks to take as units; None for the layer type's default.
+        contracts: Whether the layer itself sums over its input features, as its rule says; a rule
+            whose submodules do that instead sets it to False.
     """
 
     def __init__(
@@ -186,6 +194,7 @@ class Layer:
     ) -> None:
         self.module: Any = module
         self.path, self.input, self.units = path, input, units
+        self.contracts = False
         self._builder, self._produces = builder, produces
 
     @property

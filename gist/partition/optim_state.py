@@ -41,7 +41,10 @@ class CarriedState:
 
     def cut(self, assignment: Assignment, subnet: int) -> State:
         """The state of one subnet's parameters; empty before the first merge."""
-        state: State = {name: {"step": step.clone()} for name, step in self.steps.items()}
+        state: State = {
+            name: {"step": step.to(self.parameters[name].device, copy=True)}
+            for name, step in self.steps.items()
+        }
         seen = extract(self.seen, self.spec, assignment, subnet)
         for key, tensors in self.moments.items():
             for name, part in extract(tensors, self.spec, assignment, subnet).items():
@@ -67,21 +70,27 @@ class CarriedState:
                         self.steps[name] = torch.maximum(step, self.steps.get(name, step))
                 continue
             tensors = self.moments.setdefault(key, {})
+            named: list[str] = []
             for name, value in {n: v for part in held for n, v in part.items()}.items():
-                if not isinstance(value, Tensor):
+                whole = self.parameters[name]
+                if not isinstance(value, Tensor) or value.dim() != whole.dim():
+                    shape = (
+                        tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    )
                     raise ConfigError(
-                        f"optimizer_state='carry' cannot carry {key!r}: it is no tensor",
-                        got=type(value).__name__,
+                        f"optimizer_state='carry' cannot carry {key!r} of {name}",
+                        got=shape,
+                        expected="a step count, or a tensor shaped like its parameter",
                         remedy="use optimizer_state='reset' with this optimiser",
                     )
-                whole = self.parameters[name]
+                named.append(name)
                 tensors.setdefault(name, torch.zeros_like(whole))
                 self.seen.setdefault(name, torch.zeros_like(whole, dtype=torch.bool))
-            merge(tensors, self.spec, assignment, held)
+            merge({name: tensors[name] for name in named}, self.spec, assignment, held)
             trained = [
                 {n: torch.ones_like(t, dtype=torch.bool) for n, t in p.items()} for p in held
             ]
-            merge({name: self.seen[name] for name in tensors}, self.spec, assignment, trained)
+            merge({name: self.seen[name] for name in named}, self.spec, assignment, trained)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as flat named tensors, for a checkpoint."""

@@ -49,6 +49,12 @@ class Sampler(ABC):
         for group, size in sizes.items():
             generator = stream("assignment", seed, round, group)
             dealt = self.deal(size, num_subnets, generator)
+            if len(dealt) != num_subnets:
+                raise PartitionError(
+                    f"{type(self).__name__}.deal must give every subnet its units of {group!r}",
+                    got=f"{len(dealt)} subnets",
+                    expected=num_subnets,
+                )
             held[group] = tuple(units.sort().values for units in dealt)
         return Assignment(round=round, sizes=dict(sizes), held=held)
 
@@ -120,7 +126,8 @@ class Categorical(Sampler):
     p: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.p is not None and (min(self.p, default=0.0) < 0 or abs(sum(self.p) - 1) > 1e-6):
+        fits = self.p is None or (min(self.p, default=-1) >= 0 and abs(sum(self.p) - 1) <= 1e-6)
+        if not fits:
             raise ConfigError("p must be probabilities that sum to 1", got=self.p)
 
     def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:

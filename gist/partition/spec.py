@@ -196,6 +196,13 @@ class PartitionSpec:
         found = [f"group {n!r} is filed as {k!r}" for k, n in self._misfiled()]
         for layout in self.layouts.values():
             found += layout.findings(self.groups)
+        for path, (group, unit) in self.blocks.items():
+            if group not in self.groups or not 0 <= unit < self.groups[group].size:
+                found.append(f"{path}: belongs to unit {unit} of {group!r}, which is not declared")
+        for port in self.ports.values():
+            for axis in (port.input, port.output):
+                unknown = sorted((axis.groups if axis else frozenset()) - set(self.groups))
+                found += [f"{port.path}: group {group!r} is not declared" for group in unknown]
         used = frozenset[str]().union(*(layout.groups for layout in self.layouts.values()))
         found += [f"group {g!r} indexes no parameter" for g in self.groups if g not in used]
         raise_findings("the partition spec does not hold together", found)

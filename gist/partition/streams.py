@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +18,17 @@ def stream_seed(*key: int | str) -> int:
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Draws torch's global random numbers from the stream of ``key``, on every device.
+
+    The states of all generators are as they were on leaving.
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(stream_seed(*key))
+        yield
 
 
 def stream(*key: int | str) -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from gist.errors import PartitionError
 from gist.partition.assignment import Assignment
-from gist.partition.rules.registry import rule_of, without_caches
+from gist.partition.rules.registry import has_rule, rule_of, without_caches
 from gist.partition.spec import Axis, ParamLayout, PartitionSpec, Slot, model_tensors
 
 Index = tuple[Tensor | None, ...]
@@ -161,24 +162,50 @@ def merge(
             for selection, part in zip(selections, parts, strict=True)
             if selection.holds(layout)
         ]
-        if len(held) == 1 or layout.groups & assignment.disjoint_groups:
+        if len(held) == 1 or _is_exclusive(layout, spec, assignment):
             for index, part in held:
                 scatter_(tensor, index, part)
         elif held:
             _merge_mean(tensor, held)
 
 
+_MEAN_IN = {
+    torch.bool: torch.int8,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+"""Kinds that means are taken in, where it is not the tensor's own."""
+
+
+def _is_exclusive(layout: ParamLayout, spec: PartitionSpec, assignment: Assignment) -> bool:
+    """Whether no entry can be held twice: some dim runs along units that are dealt once each."""
+    disjoint = assignment.disjoint_groups
+    if layout.owner is not None:
+        return layout.owner[0] in disjoint
+    for dim in {slot.dim for slot in layout.slots}:
+        slots = [slot for slot in layout.slots if slot.dim == dim]
+        covered = sum(spec.groups[s.group].size * s.map.positions_per_unit for s in slots)
+        if covered == layout.shape[dim] and all(s.group in disjoint for s in slots):
+            return True
+    return False
+
+
 def _merge_mean(tensor: Tensor, held: list[tuple[Index, Tensor]]) -> None:
-    kind = tensor.dtype if tensor.is_floating_point() else torch.float64
-    mean = torch.zeros_like(tensor, dtype=kind)
-    count = torch.zeros_like(tensor, dtype=kind)
+    # A running mean of what was held; whole numbers are rounded, equal copies stay as they are.
+    kind = _MEAN_IN.get(tensor.dtype, tensor.dtype)
+    mean = tensor.to(kind, copy=True)
+    count = torch.zeros_like(tensor, dtype=torch.int32)
     for index, part in held:
+        part = part.to(kind)
         seen = gather(count, index) + 1
         so_far = gather(mean, index)
-        scatter_(mean, index, so_far + (part.to(kind) - so_far) / seen)
+        step = (part - so_far) / seen
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            step = step.round()
+        later = torch.where(part == so_far, so_far, so_far + step.to(kind))
+        scatter_(mean, index, torch.where(seen == 1, part, later))
         scatter_(count, index, seen)
-    merged = mean if tensor.is_floating_point() else mean.round()
-    tensor.copy_(torch.where(count > 0, merged.to(tensor.dtype), tensor))
+    tensor.copy_(mean)
 
 
 def build_subnet(
@@ -207,7 +234,7 @@ def build_subnet(
     memo: dict[int, Any] = {}
     for path, (group, unit) in spec.blocks.items():
         if subnet not in assignment.holders(group, unit):
-            memo[id(model.get_submodule(path))] = nn.Identity()
+            memo[id(model.get_submodule(path))] = Absent()
     for name, tensor in model_tensors(model).items():
         if name in parts:
             part = parts[name]
@@ -218,15 +245,25 @@ def build_subnet(
         narrow = copy.deepcopy(model, memo)
 
     scaled = corrected_paths(spec, width_correction)
-    for path, port in spec.ports.items():
-        module = narrow.get_submodule(path)
-        size = selection.size(port.input)
-        rule_of(module).resize(module, size, selection.size(port.output))
-        if path in scaled and port.input is not None and size != port.input.size:
-            assert size is not None
-            scale = partial(_scale_input, port.input.size / size)
+    for path, module in narrow.named_modules():
+        port = spec.ports.get(path)
+        inner = None if port is None else selection.size(port.input)
+        outer = None if port is None else selection.size(port.output)
+        if has_rule(module):
+            rule_of(module).resize(module, inner, outer)
+        whole = port.input.size if port is not None and port.input is not None else None
+        if path in scaled and whole and inner and inner != whole:
+            scale = partial(_scale_input, whole / inner)
             module.register_forward_pre_hook(scale, with_kwargs=True)
     return narrow
+
+
+class Absent(nn.Identity):
+    """A module whose units the subnet does not hold: hands on its first argument."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns ``input``."""
+        return input
 
 
 def _scale_input(
@@ -234,8 +271,8 @@ def _scale_input(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (args[0] * factor, *args[1:]), kwargs
-    first = next(iter(kwargs))
-    return args, {**kwargs, first: kwargs[first] * factor}
+    features = next(iter(inspect.signature(module.forward).parameters))
+    return args, {**kwargs, features: kwargs[features] * factor}
 
 
 def corrected_paths(spec: PartitionSpec, width_correction: bool | None) -> frozenset[str]:

@@ -79,6 +79,13 @@ def partition_spec(model: nn.Module, wiring: Wiring | None = None) -> PartitionS
 
 def _wire_chain(builder: SpecBuilder, wiring: Sequence[str | tuple[str, str]]) -> None:
     steps = [(step, None) if isinstance(step, str) else step for step in wiring]
+    for step in steps:
+        if not (isinstance(step, tuple | list) and len(step) == 2 and isinstance(step[0], str)):
+            raise ConfigError(
+                "a step of the wiring must be a layer name or a pair (layer name, units)",
+                got=repr(step),
+                expected="such as 'conv1' or ('conv1', 'heads')",
+            )
     producing = [path for path, _ in steps if _starts_group(builder.model, path)]
     axis: Axis | None = None
     for path, units in steps:
@@ -97,12 +104,12 @@ def _starts_group(model: nn.Module, path: str) -> bool:
 def _wire_groups(builder: SpecBuilder, wiring: Mapping[str, Mapping[str, Any]]) -> None:
     roles = ("out", "through", "in")
     for group, entry in wiring.items():
-        unknown = set(entry) - {*roles, "units"}
-        if unknown or not entry.get("out"):
+        fits = isinstance(entry, Mapping) and set(entry) <= {*roles, "units"} and entry.get("out")
+        if not fits or any(isinstance(entry.get(role), str) for role in roles):
             raise ConfigError(
                 f"group {group!r} of the wiring must say which layers put out its units",
-                got=dict(entry),
-                expected="keys 'out' (not empty), 'in', and where needed 'through' and 'units'",
+                got=repr(entry),
+                expected="lists 'out' (not empty), 'in', where needed 'through', and 'units'",
             )
     out_of = {path: group for group, entry in wiring.items() for path in entry["out"]}
     into: dict[str, list[str]] = {}
@@ -125,7 +132,8 @@ def _wire_groups(builder: SpecBuilder, wiring: Mapping[str, Mapping[str, Any]]) 
         sources = [axes[group] for group in into.get(path, ()) if group in axes]
         produced = out_of.get(path)
         units = wiring[produced].get("units") if produced is not None else None
-        builder.layer(path, Axis.concat(sources) if sources else None, produces=group, units=units)
+        axis = Axis.concat(sources) if sources else None
+        builder.layer(path, axis, produces=produced, units=units)
     for group, entry in wiring.items():
         for path in entry.get("through", ()):
             builder.layer(path, axes.get(group))

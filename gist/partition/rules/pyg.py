@@ -91,13 +91,16 @@ class SAGEConvRule(_ConvRule):
         conv = layer.module
         _require_elementwise_aggregation(layer)
         inp = layer.expect_input(_single_width(layer, conv.in_channels))
-        neighbours = inp
         if conv.project:
-            neighbours = layer.group("project", conv.lin.weight.size(0))
-            layer.follow("lin.weight", (0, neighbours), (1, inp))
-            layer.follow("lin.bias", (0, neighbours))
+            # The projected features are units of their own: each linear is a layer by itself.
+            layer.contracts = False
+            neighbours = layer.inner("lin", inp)
+            out = layer.child("lin_l", neighbours, produces=True)
+            if conv.root_weight:
+                layer.child("lin_r", inp, produces=True)
+            return out
         out = layer.produce(conv.out_channels)
-        layer.follow("lin_l.weight", (0, out), (1, neighbours))
+        layer.follow("lin_l.weight", (0, out), (1, inp))
         layer.follow("lin_l.bias", (0, out))
         if conv.root_weight:
             layer.follow("lin_r.weight", (0, out), (1, inp))
@@ -231,9 +234,14 @@ class MLPRule(Rule):
             names.append(f"lins.{i}")
             if i < len(mlp.norms):
                 names.append(f"norms.{i}")
-        if mlp.act is not None:
+        if isinstance(mlp.act, nn.Module):
             layer.child("act", None)
         return connect_chain(layer, names)
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        widths = [linear.weight.shape for linear in module.lins]
+        module.channel_list = [widths[0][1], *(width[0] for width in widths)]
 
 
 @register_rule(pyg.BatchNorm)
@@ -294,7 +302,7 @@ def wire_basic_gnn(model: BasicGNN, builder: SpecBuilder) -> None:
         group = "hidden" if model.jk_mode == "max" else f"hidden.{i}"
         axis = builder.layer(f"convs.{i}", axis, produces=group, units=units)
         axis = builder.layer(f"norms.{i}", axis)
-        if model.act is not None:
+        if isinstance(model.act, nn.Module):
             builder.layer("act", axis)
         if axis is not None:
             hidden.append(axis)

@@ -91,7 +91,7 @@ def register_rule(*types: type[nn.Module], replace: bool = False) -> Callable[[R
                     got=type(_RULES[kind]).__name__,
                     remedy="pass replace=True to register_rule",
                 )
-            _RULES[kind] = rule()
+        _RULES.update(dict.fromkeys(types, rule()))
         return rule
 
     return decorate
@@ -115,6 +115,11 @@ def rule_of(module: nn.Module) -> Rule:
         ) from None
 
 
+def has_rule(module: nn.Module) -> bool:
+    """Whether the module's exact type has a rule."""
+    return type(module) in _RULES
+
+
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
     """Empties the caches of a model's layers, and puts back what was in them on leaving.
@@ -125,7 +130,7 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     found = [
         (module, name, getattr(module, name, None))
         for module in model.modules()
-        if type(module) in _RULES
+        if has_rule(module)
         for name in _RULES[type(module)].caches
     ]
     for module, name, _ in found:

@@ -1,0 +1,35 @@
+"""Settings of every test: one thread, repeatable examples, and where real data sets lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile(
+    "gist", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI"))
+)
+settings.load_profile("gist")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Bit-for-bit comparisons, and several test processes side by side, want one thread each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def real_data_root() -> Path:
+    """The folder with real data sets: ``GIST_DATA``, or ``shared/data`` beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("GIST_DATA") or beside)
+    if not root.is_dir():
+        pytest.skip(f"no real data sets in {root}; name their folder with GIST_DATA")
+    return root

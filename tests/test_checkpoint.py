@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gist import GISTTrainer, load_dataset
+from gist.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from gist.errors import CheckpointError
+from gist.nn import GCN, GraphSAGE
+from gist.partition.spec import model_tensors
+
+DATA = load_dataset("csbm", num_nodes=120, num_features=6, num_classes=3, seed=1)
+
+
+class Stop:
+    """Stops a run after some rounds, as an interruption would."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def __call__(self, trainer: GISTTrainer, record: object) -> bool:
+        return len(trainer.history) >= self.rounds
+
+
+def trainer(out: Path | None = None, seed: int = 0, **settings: object) -> GISTTrainer:
+    torch.manual_seed(3)
+    norm = settings.pop("norm", "layer")
+    model = GCN(DATA.num_features, 12, DATA.num_classes, 3, norm=norm)
+    base = {"num_subnets": 3, "local_steps": 3, "epochs": 54, "seed": seed}
+    return GISTTrainer(model, DATA, **{**base, "out": out and str(out), **settings})
+
+
+@pytest.mark.parametrize("state", ["reset", "carry"])
+@pytest.mark.parametrize("norm", ["layer", "batch", None])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, state, norm):
+    through = trainer(optimizer_state=state, norm=norm)
+    expected = through.fit()
+
+    cut = trainer(
+        tmp_path, optimizer_state=state, norm=norm, checkpoint_every=1, callbacks=[Stop(2)]
+    )
+    cut.fit()
+    resumed = trainer(tmp_path, optimizer_state=state, norm=norm, checkpoint_every=1)
+    for tensor in model_tensors(resumed.model).values():
+        tensor.data.zero_()  # nothing of the fresh initialisation may survive
+    got = resumed.fit(resume=tmp_path)
+
+    assert len(got.history) == len(expected.history) == 6
+    for ours, theirs in zip(got.history, expected.history, strict=True):
+        assert ours.train_loss == theirs.train_loss
+        assert ours.val_loss == theirs.val_loss
+        assert ours.test_metric == theirs.test_metric
+    assert got.best.round == expected.best.round
+    other = model_tensors(through.model)
+    for name, tensor in model_tensors(resumed.model).items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_resume_with_a_schedule_of_subnets(tmp_path):
+    schedule = [(0.5, 3), (0.5, 1)]
+    expected = trainer(num_subnets=schedule).fit()
+    trainer(tmp_path, num_subnets=schedule, checkpoint_every=1, callbacks=[Stop(4)]).fit()
+    got = trainer(tmp_path, num_subnets=schedule, checkpoint_every=1).fit(resume=tmp_path)
+    assert [r.num_subnets for r in got.history] == [r.num_subnets for r in expected.history]
+    assert [r.train_loss for r in got.history] == [r.train_loss for r in expected.history]
+
+
+def test_a_run_that_was_finished_can_be_resumed_and_stays_the_same(tmp_path):
+    expected = trainer(tmp_path, checkpoint_every=1).fit()
+    got = trainer(tmp_path, checkpoint_every=1).fit(resume=tmp_path)
+    assert got.test_metric == expected.test_metric
+    assert got.history == expected.history
+
+
+def test_two_newest_checkpoints_are_kept_and_nothing_else(tmp_path):
+    trainer(tmp_path, checkpoint_every=1).fit()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["round-000005", "round-000006"]
+
+
+def checkpoint(value: float) -> Checkpoint:
+    tensors = {"model": {"w": torch.full((3,), value)}}
+    return Checkpoint(tensors=tensors, state={"value": value})
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    save_checkpoint(tmp_path, 1, checkpoint(1.0))
+    newest = save_checkpoint(tmp_path, 2, checkpoint(2.0))
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        for cut in {0, 1, len(whole) // 2, len(whole) - 1}:
+            file.write_bytes(whole[:cut])
+            assert load_checkpoint(tmp_path).state == {"value": 1.0}, (file.name, cut)
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 4
+        file.write_bytes(bytes(flipped))
+        if file.name != "manifest.json":
+            assert load_checkpoint(tmp_path).state == {"value": 1.0}, file.name
+        file.write_bytes(whole)
+    assert load_checkpoint(tmp_path).state == {"value": 2.0}
+
+
+def test_an_unfinished_write_is_not_a_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, checkpoint(1.0))
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("gist.checkpoint.write_atomically", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, 2, checkpoint(2.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000001"]
+
+
+def test_no_checkpoint_at_all_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint.*checkpoint_every"):
+        load_checkpoint(tmp_path)
+
+
+def test_damage_is_named_where_nothing_is_left(tmp_path):
+    folder = save_checkpoint(tmp_path, 1, checkpoint(1.0))
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        load_checkpoint(tmp_path)
+
+
+def test_another_format_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, 1, checkpoint(1.0))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match=r"another format; got: 99"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed=1"),
+        ({"local_steps": 2}, "local_steps=2"),
+        ({"num_subnets": 2}, "num_subnets=2"),
+        ({"norm": None}, None),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
+    trainer(tmp_path, checkpoint_every=1, callbacks=[Stop(1)]).fit()
+    if named is None:
+        model = GraphSAGE(DATA.num_features, 12, DATA.num_classes, 3)
+        other = GISTTrainer(model, DATA, num_subnets=3, local_steps=3, epochs=54)
+        named = "model='GraphSAGE'"
+    else:
+        other = trainer(tmp_path, **change)
+    with pytest.raises(CheckpointError, match=named):
+        other.fit(resume=tmp_path)
+
+
+def test_a_checkpoint_on_other_data_is_refused(tmp_path):
+    trainer(tmp_path, checkpoint_every=1, callbacks=[Stop(1)]).fit()
+    data = load_dataset("csbm", num_nodes=120, num_features=6, num_classes=3, seed=2)
+    model = GCN(data.num_features, 12, data.num_classes, 3)
+    other = GISTTrainer(model, data, num_subnets=3, local_steps=3, epochs=54)
+    with pytest.raises(CheckpointError, match="data="):
+        other.fit(resume=tmp_path)

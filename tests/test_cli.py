@@ -1,0 +1,213 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gist import cli
+from gist.errors import ConfigError
+
+TINY = [
+    "--data", "num_nodes=120", "--data", "num_features=6", "--data", "num_classes=3",
+    "--hidden", "16", "--epochs", "48", "--local-steps", "4", "--threads", "1",
+]  # fmt: skip
+
+FIELDS = {
+    "dataset", "method", "model", "executor", "hidden", "layers", "subnets", "workers",
+    "local_steps", "epochs", "seed", "val_metric", "test_metric", "last_test_metric", "seconds",
+    "eval_seconds", "bytes_sent", "bytes_received", "peak_memory_bytes", "num_parameters",
+    "versions",
+}  # fmt: skip
+TEXTS = {"dataset", "method", "model", "executor", "versions"}
+
+
+@pytest.fixture
+def gist(monkeypatch, capsys):
+    """Runs the command line in this process, as the installed command does."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gist", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_train_writes_numbers_and_a_run(gist, tmp_path):
+    out = tmp_path / "run"
+    code, printed, _ = gist(
+        "train", "csbm", *TINY, "--subnets", "2", "--json", str(tmp_path / "o.json"),
+        "--out", str(out), "--checkpoint-every", "2",
+    )  # fmt: skip
+    assert code == 0
+    assert "csbm, gist, m = 2: accuracy" in printed
+    values = json.loads((tmp_path / "o.json").read_text())
+    assert values.keys() >= FIELDS
+    for field in FIELDS - TEXTS:
+        assert isinstance(values[field], int | float), field
+    assert values["subnets"] == 2
+    assert values["hidden"] == 16
+    assert values["epochs"] == 48
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "model.safetensors", "config.json", "history.jsonl", "result.json", "checkpoints",
+    }  # fmt: skip
+    assert json.loads((out / "config.json").read_text())["dataset"] == "csbm"
+
+
+def test_json_to_standard_output_is_nothing_else(gist):
+    code, printed, _ = gist("train", "csbm", *TINY, "--subnets", "2", "--json", "-")
+    assert code == 0
+    assert json.loads(printed)["dataset"] == "csbm"
+
+
+def test_the_card_gives_what_is_not_given(gist):
+    _, printed, _ = gist("train", "digits", "--subnets", "8", "--fast-dev-run", "--json", "-")
+    values = json.loads(printed)
+    from gist.graph.cards import load_card
+
+    card = load_card("digits").settings_for(8)
+    assert (values["hidden"], values["layers"]) == (card["hidden"], card["layers"])
+    assert values["local_steps"] == card["local_steps"]
+    assert values["settings"]["lr"] == card["lr"]
+
+
+def test_a_schedule_of_subnets(gist):
+    _, printed, _ = gist("train", "csbm", *TINY, "--subnets", "0.5:4,0.5:1", "--json", "-")
+    assert json.loads(printed)["subnets"] == [[0.5, 4], [0.5, 1]]
+
+
+def test_the_full_model_is_one_subnet_with_its_optimizer_kept(gist):
+    _, printed, _ = gist("train", "csbm", *TINY, "--method", "full", "--json", "-")
+    values = json.loads(printed)
+    assert values["subnets"] == 1
+    assert values["settings"]["optimizer_state"] == "carry"
+    assert values["parameters_per_subnet"] == [values["num_parameters"]]
+
+
+def test_resume_goes_on(gist, tmp_path):
+    common = ["train", "csbm", *TINY, "--subnets", "2", "--checkpoint-every", "1"]
+    _, through, _ = gist(*common, "--out", str(tmp_path / "a"), "--json", "-")
+    _, again, _ = gist(
+        *common, "--out", str(tmp_path / "b"), "--resume", str(tmp_path / "a"), "--json", "-"
+    )
+    assert json.loads(again)["test_metric"] == json.loads(through)["test_metric"]
+    assert (tmp_path / "b" / "history.jsonl").read_bytes() == (
+        tmp_path / "a" / "history.jsonl"
+    ).read_bytes()
+
+
+def test_compare_prints_one_table_and_keeps_every_run(gist, tmp_path):
+    out = tmp_path / "cmp"
+    code, printed, progress = gist(
+        "compare", "csbm", *TINY, "--subnets", "1,2,0.5:4/0.5:1", "--seeds", "2", "--out", str(out)
+    )
+    assert code == 0
+    lines = [line.split() for line in printed.splitlines()]
+    assert [words[:2] for words in lines if words and words[0] in ("full", "gist")] == [
+        ["full", "1"], ["gist", "1"], ["gist", "2"], ["gist", "4→1"],
+    ]  # fmt: skip
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert progress.count("test") == 8
+    table = json.loads((out / "table.json").read_text())
+    full, *rows = table["rows"]
+    assert full["speedup"] == 1.0
+    for row in table["rows"]:
+        assert row["speedup"] == full["seconds"] / row["seconds"]
+        metrics = [
+            json.loads((out / run / "result.json").read_text())["test_metric"]
+            for run in row["runs"]
+        ]
+        assert row["test_mean"] == pytest.approx(sum(metrics) / 2)
+        assert row["test_std"] == pytest.approx(abs(metrics[0] - metrics[1]) / 2**0.5)
+    assert rows[1]["parameters_per_subnet"] < full["parameters_per_subnet"]
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    code, printed, _ = gist("report", str(out))
+    assert code == 0
+    assert (out / "report.html").exists()
+
+
+def test_compare_without_the_full_model_has_no_speedup(gist):
+    _, printed, _ = gist("compare", "csbm", *TINY, "--no-full", "--subnets", "2", "--json", "-")
+    assert [row["speedup"] for row in json.loads(printed)["rows"]] == [None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "digitz"], "did you mean 'digits'"),
+        (["train", "csbm", *TINY, "--subnets", "17"], "17, group 'hidden.0' has 16 units"),
+        (["train", "csbm", *TINY, "--subnets", "two"], "cannot read the number of subnets"),
+        (["train", "csbm", *TINY, "--model", "gnc"], "unknown model; got: 'gnc'"),
+        (["train", "csbm", *TINY, "--method", "igst"], "unknown method"),
+        (["train", "csbm", *TINY, "--norm", "lyer"], "unknown norm"),
+        (["train", "csbm", *TINY, "--dropout", "1"], r"dropout must be in [0, 1)"),
+        (["train", "csbm", *TINY, "--hidden", "0"], "hidden must be at least 1"),
+        (["train", "csbm", *TINY, "--model", "gat", "--heads", "3"], "multiple of heads"),
+        (["train", "csbm", "--data", "nodes=3"], "num_nodes"),
+        (["train", "csbm", "--data", "num_nodes"], "NAME=VALUE"),
+        (["train", "csbm", *TINY, "--device", "tpu"], "this device cannot be used; got: tpu"),
+        (["train", "csbm", *TINY, "--resume", "nowhere"], "no usable checkpoint in nowhere"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(gist, arguments, message):
+    code, _, error = gist(*arguments)
+    assert code == 2
+    assert message in error.replace("\n", " ")
+    assert "Traceback" not in error
+
+
+def test_cora_that_is_not_there_says_what_to_do(gist, monkeypatch, tmp_path):
+    monkeypatch.setenv("GIST_CACHE", str(tmp_path))
+    monkeypatch.delenv("GIST_DATA", raising=False)
+    code, _, error = gist("train", "cora")
+    assert code == 2
+    assert "gist prepare cora" in error
+
+
+def test_prepare_lists_and_needs_no_network_for_generated_data(gist):
+    _, printed, _ = gist("prepare", "--list")
+    assert {line.split()[0] for line in printed.splitlines()} >= {"digits", "cora", "csbm"}
+    _, printed, _ = gist("prepare", "digits")
+    assert "nothing to download" in printed
+
+
+def test_doctor_speaks_json(gist):
+    code, printed, _ = gist("doctor", "--json", "-")
+    assert code == 0
+    assert "torch" in printed
+    assert json.loads(printed)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "report", "doctor", "prepare"])
+def test_every_command_has_help(command):
+    result = CliRunner().invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output) > 200
+
+
+@pytest.mark.parametrize("text", ["", "x", "0.5:", "1:2:3", "0.5:a"])
+def test_subnets_that_cannot_be_read(text):
+    with pytest.raises(ConfigError, match="cannot read the number of subnets"):
+        cli.parse_subnets(text)
+
+
+def test_the_module_runs_as_a_command_and_leaves_quietly():
+    """Without a terminal nothing is written to standard error."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "gist.cli", "train", "csbm", *TINY, "--subnets", "2"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "csbm" in done.stdout

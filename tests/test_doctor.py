@@ -1,0 +1,153 @@
+"""The doctor tells what is there, what is not and why, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+
+import pytest
+import torch
+from rich.console import Console
+
+from gist import doctor
+from gist.doctor import Check, Diagnosis, diagnose, render
+from gist.graph.adjacency import CSR
+from gist.graph.cards import load_card
+
+
+def find(name: str) -> Check:
+    (check,) = [check for check in diagnose().checks if check.name == name]
+    return check
+
+
+def test_every_check_is_sound_and_json_able():
+    diagnosis = diagnose()
+    names = [check.name for check in diagnosis.checks]
+    assert len(names) == len(set(names))
+    for name in ("python", "CPU", "memory", "torch", "threads", "CUDA", "collectives"):
+        assert name in names
+    for name in ("torch-geometric", "pymetis", "dgl", "ogb", "GIST_DATA", "cache", "datasets"):
+        assert name in names
+    for check in diagnosis.checks:
+        assert check.status in ("ok", "missing", "warning")
+        assert check.detail
+        assert check.status == "ok" or check.remedy
+    assert json.loads(json.dumps(asdict(diagnosis)))["checks"][0]["name"] == "python"
+    assert find("torch").detail.startswith(version("torch"))
+
+
+def test_nothing_is_asked_of_the_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was used")
+
+    monkeypatch.delitem(sys.modules, "ogb", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    diagnose()
+    assert "ogb" not in sys.modules
+
+
+def test_environment_and_output_stay_as_they_were(capfd):
+    before = dict(os.environ)
+    diagnose()
+    assert dict(os.environ) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_graph_product_is_the_one_that_runs(monkeypatch):
+    assert find("graph product, cpu float32").detail.startswith("embedding-bag kernel")
+    assert find("graph product, cpu float64").detail.startswith("sparse CSR product")
+    monkeypatch.setattr(CSR, "product", lambda self, x: 2 * x)
+    broken = find("graph product, cpu float32")
+    assert broken.status == "warning"
+    assert "wrong" in broken.detail
+
+
+def test_a_product_that_fails_is_a_finding(monkeypatch):
+    def fail(self, x):
+        raise RuntimeError("no kernel\nsecond line")
+
+    monkeypatch.setattr(CSR, "product", fail)
+    check = find("graph product, cpu float64")
+    assert (check.status, check.detail) == ("warning", "fails: no kernel")
+
+
+def test_more_threads_than_cpus_are_warned_about(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10**6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000000")
+    check = find("threads")
+    assert check.status == "warning"
+    assert check.remedy.startswith("set OMP_NUM_THREADS=")
+
+
+def test_why_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in find("CUDA").detail
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert find("CUDA").detail == "no device is visible (CUDA_VISIBLE_DEVICES='-1')"
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "detail"),
+    [
+        (None, "missing", "not installed"),
+        ("print('hello')\n", "ok", "1.2"),
+        ("raise OSError('libdgl.so is not there')\n", "warning", "libdgl.so is not there"),
+    ],
+)
+def test_dgl_may_be_missing_sound_or_broken(tmp_path, monkeypatch, capfd, source, status, detail):
+    monkeypatch.delitem(sys.modules, "dgl", raising=False)
+    if source is None:
+        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    else:
+        (tmp_path / "dgl.py").write_text(source)
+        (tmp_path / "dgl-1.2.dist-info").mkdir()
+        (tmp_path / "dgl-1.2.dist-info" / "METADATA").write_text("Name: dgl\nVersion: 1.2\n")
+        monkeypatch.syspath_prepend(tmp_path)
+    check = doctor._dgl()
+    monkeypatch.delitem(sys.modules, "dgl", raising=False)
+    assert check.status == status
+    assert detail in check.detail
+    assert capfd.readouterr() == ("", "")
+
+
+def test_data_folders_and_datasets(tmp_path, monkeypatch):
+    data, cache = tmp_path / "data", tmp_path / "cache" / "gist"
+    monkeypatch.setenv("GIST_CACHE", str(cache))
+    monkeypatch.delenv("GIST_DATA", raising=False)
+    assert find("GIST_DATA").status == "missing"
+    assert find("cache").detail.endswith("not created yet")
+    assert not cache.exists()
+    ready, absent = find("datasets").detail.split("; not there: ")
+    assert "digits" in ready
+    assert "cora" in absent
+    assert find("datasets").remedy.startswith("gist prepare ")
+
+    monkeypatch.setenv("GIST_DATA", str(data))
+    assert find("GIST_DATA").status == "warning"
+    for file in load_card("cora").checksums:
+        (data / file).parent.mkdir(parents=True, exist_ok=True)
+        (data / file).touch()
+    assert find("GIST_DATA").status == "ok"
+    assert "cora" in find("datasets").detail.split("; not there: ")[0]
+
+
+def test_the_table_shows_everything_at_any_width():
+    checks = (
+        Check(name="a[b]c", status="ok", detail="fine"),
+        Check(name="dgl", status="missing", detail="not [red]installed[/]", remedy="pip install x"),
+        Check(name="cache", status="warning", detail="not writable", remedy="chmod"),
+    )
+    for width in (40, 120):
+        console = Console(width=width)
+        with console.capture() as captured:
+            console.print(render(Diagnosis(checks=checks)))
+        text = captured.get()
+        for part in ("a[b]c", "fine", "[red]", "→ pip install x", "not writable", "✓", "–", "!"):
+            assert part in text
