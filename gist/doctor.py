@@ -258,7 +258,7 @@ def _ogb() -> Check:
 
 
 def _folders() -> Iterator[Check]:
-    *given, cache = datasets._places(None)
+    *given, cache = datasets.data_folders(None)
     if not given:
         remedy = "set it to a folder with raw files, to read them without downloading"
         yield Check(name="GIST_DATA", status="missing", detail="not set", remedy=remedy)
@@ -289,7 +289,7 @@ def _datasets() -> Check:
         for name in list_cards():
             card = load_card(name)
             found = not card.checksums or any(
-                not datasets._missing(card, place) for place in datasets._places(None)
+                not datasets.missing_files(card, place) for place in datasets.data_folders(None)
             )
             (ready if found else absent).append(name)
     except DataError as error:

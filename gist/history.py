@@ -102,8 +102,3 @@ class TrainResult:
 def write_history(path: Path, records: Iterable[RoundRecord]) -> None:
     """One JSON object per line and round."""
     write_atomically(path, "".join(json.dumps(asdict(record)) + "\n" for record in records))
-
-
-def read_history(path: Path) -> list[RoundRecord]:
-    """What :func:`write_history` wrote."""
-    return [RoundRecord(**json.loads(line)) for line in path.read_text().splitlines()]

@@ -15,7 +15,6 @@ import pytest
 
 from gist import Bernoulli, DataError, DisjointUniform, GISTTrainer, Overlapping
 from gist.graph.generate import csbm
-from gist.history import read_history
 from gist.nn import GCN
 from gist.plots import (
     NOBODY,
@@ -29,7 +28,8 @@ from gist.plots import (
     row_label,
     subnets_text,
 )
-from gist.report import read_comparison, read_run, write_report
+from gist.report import write_report
+from gist.runs import read_comparison, read_history, read_run
 
 VOID = {"meta", "img", "link", "input", "br", "hr"}
 

@@ -12,9 +12,9 @@ from gist import GISTTrainer, GraphData, load_dataset
 from gist.config import TrainConfig
 from gist.errors import ConfigError, DataError, PartitionError
 from gist.execution.local import DivergedError
-from gist.history import read_history
 from gist.nn import GAT, GCN, GraphSAGE
 from gist.partition.spec import model_tensors
+from gist.runs import read_history
 
 DATA = load_dataset(
     "csbm", num_nodes=150, num_features=8, num_classes=3, homophily=0.8, average_degree=8

@@ -82,11 +82,11 @@ def prepare_dataset(name: str, root: str | Path | None = None) -> Path | None:
     card = load_card(name)
     if not card.checksums:
         return None
-    for place in _places(root):
-        if not _missing(card, place):
+    for place in data_folders(root):
+        if not missing_files(card, place):
             _verify(card, place)
             return place
-    target = _places(root)[-1]
+    target = data_folders(root)[-1]
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{card.name}-", dir=target) as folder:
         for file in card.checksums:
@@ -139,7 +139,7 @@ _LOADERS: dict[str, Callable[..., GraphData]] = {
 }
 
 
-def _places(root: str | Path | None) -> list[Path]:
+def data_folders(root: str | Path | None) -> list[Path]:
     """Folders to look in; the last is the one to write to."""
     if root is not None:
         return [Path(root).expanduser()]
@@ -148,16 +148,19 @@ def _places(root: str | Path | None) -> list[Path]:
     return [Path(data).expanduser(), cache] if data else [cache]
 
 
-def _missing(card: Card, place: Path) -> list[str]:
+def missing_files(card: Card, place: Path) -> list[str]:
+    """Raw files of a dataset that a data folder lacks."""
     return [file for file in card.checksums if not (place / file).is_file()]
 
 
 def _find(card: Card, root: str | Path | None) -> Path:
-    places = _places(root)
+    places = data_folders(root)
     for place in places:
-        if not _missing(card, place):
+        if not missing_files(card, place):
             return place
-    searched = "; ".join(f"{place} lacks {', '.join(_missing(card, place))}" for place in places)
+    searched = "; ".join(
+        f"{place} lacks {', '.join(missing_files(card, place))}" for place in places
+    )
     raise DataError(
         f"the raw files of {card.name} are not there",
         got=searched,
