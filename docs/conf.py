@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import version as installed_version
+
+import gist
 
 project = "gist"
 author = "The gist authors"
 copyright = f"2026, {author}"
-release = version = installed_version("gist-subnets")
+release = version = gist.__version__
 
 extensions = [
     "myst_nb",

@@ -15,6 +15,7 @@ from gist.graph.datasets import load_dataset, prepare_dataset
 from gist.history import RoundRecord, TrainResult
 from gist.partition.builder import Layer, SpecBuilder
 from gist.partition.rules.registry import Rule, register_rule
+from gist.partition.rules.torch import OnHeld
 from gist.partition.samplers import Bernoulli, Categorical, DisjointUniform, Overlapping, Sampler
 from gist.partition.spec import Axis, PartitionSpec
 from gist.partition.wiring import partition_spec
@@ -36,6 +37,7 @@ __all__ = [
     "GraphData",
     "Layer",
     "MissingDependencyError",
+    "OnHeld",
     "Overlapping",
     "PartitionError",
     "PartitionSpec",

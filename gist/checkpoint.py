@@ -62,6 +62,29 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def load_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reads a safetensors file that must hold tensors of these names and shapes.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or holds others; names them.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read", got=error) from error
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in like.items()}
+    differ = sorted(dict(got.items() ^ expected.items()))
+    if differ:
+        raise CheckpointError(
+            f"{path} is of another model",
+            got=", ".join(f"{name} {got.get(name, 'missing')}" for name in differ[:5]),
+            expected=", ".join(f"{name} {expected.get(name, 'none')}" for name in differ[:5]),
+            remedy="build the model with the arguments that it was trained with",
+        )
+    return tensors
+
+
 def save_checkpoint(folder: Path, round: int, checkpoint: Checkpoint) -> Path:
     """Writes ``folder/round-NNNNNN``; the two newest are kept.
 

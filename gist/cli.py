@@ -133,7 +133,8 @@ def train(
     _write_json(json_file, summary)
     if json_file != Path("-"):
         _console.print(
-            f"{dataset}, {method}, m = {subnets}: {trainer.metric} "
+            f"{dataset}, {method}, m = {_subnets_text(trainer.config.num_subnets)}: "
+            f"{trainer.metric} "
             f"[bold]{100 * result.test_metric:.2f}%[/] test, "
             f"{100 * result.val_metric:.2f}% validation (round {result.best.round + 1} of "
             f"{len(trainer.rounds)}), {result.seconds:.2f} s training, "
@@ -207,7 +208,7 @@ def compare(
         from gist.plots import comparison, save_figure
 
         write_atomically(out / "table.json", json.dumps(table, indent=1))
-        save_figure(comparison(table), out / "compare.png")
+        save_figure(comparison(table), out / "comparison.png")
     _write_json(json_file, table)
     if not quiet:
         _console.print(render_comparison(table))
@@ -341,6 +342,12 @@ def _use(threads: int | None, device: str) -> None:
             expected="cpu",
             remedy=f"run `gist doctor`; torch says: {str(error).splitlines()[0]}",
         ) from None
+
+
+def _subnets_text(subnets: int | SubnetSchedule) -> str:
+    if isinstance(subnets, int):
+        return str(subnets)
+    return ",".join(f"{share:g}:{m}" for share, m in subnets)
 
 
 def _command() -> str:

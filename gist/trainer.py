@@ -55,6 +55,8 @@ class SubnetTrainer:
         model: The global model; after :meth:`fit`, in its best validation round.
         spec: Its partition spec.
         rounds: The plan of every round.
+        wiring_error: Largest relative difference between a subnet and the masked whole model that
+            the verification saw; rounding, where the wiring is right.
         history: One record per round so far.
         result: What :meth:`fit` returned; None before.
 
@@ -80,9 +82,8 @@ class SubnetTrainer:
         self._check_subnets()
         self.rounds = plan_rounds(self.config, objective.steps_per_epoch)
         objective.check(model)
-        self.wiring_error = verify_wiring(
-            model, objective.sample_inputs(model), wiring=wiring, seed=self.config.seed
-        )
+        sample = objective.sample_inputs(model)
+        self.wiring_error = verify_wiring(model, sample, wiring=wiring, seed=self.config.seed)
         self.executor = SerialExecutor(model, self.spec, objective, self.config)
         self.history: list[RoundRecord] = []
         self.best: RoundRecord | None = None
@@ -100,11 +101,18 @@ class SubnetTrainer:
             History, best round, metrics and costs; ``self.model`` holds the best round.
 
         Raises:
+            ConfigError: it has run before.
             DivergedError: the loss is no longer finite.
             CheckpointError: ``resume`` is missing, damaged, or of another run.
         """
         if resume is not None:
             self.load_checkpoint(resume)
+        elif self.result is not None:
+            raise ConfigError(
+                "this trainer has been fitted already",
+                got=f"{len(self.history)} of {len(self.rounds)} rounds done",
+                remedy="make a new trainer, or give resume=... to go on from a checkpoint",
+            )
         memory = PeakMemory(next(self.model.parameters()).device)
         pending = self.rounds[len(self.history) :]
         with (
@@ -261,6 +269,18 @@ class SubnetTrainer:
         write_history(folder / "history.jsonl", self.history)
         if self.result is not None:
             write_atomically(folder / "result.json", json.dumps(self.result.to_json(), indent=1))
+
+    def load(self, folder: str | Path) -> None:
+        """Takes over the model that :meth:`save` wrote.
+
+        Args:
+            folder: A run's directory.
+
+        Raises:
+            CheckpointError: there is no model in it, or one of other tensors.
+        """
+        path = Path(folder) / "model.safetensors"
+        self._load(checkpoint.load_tensors(path, like=model_tensors(self.model)))
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON values: model, groups, settings."""

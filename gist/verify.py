@@ -81,10 +81,10 @@ def subnet_difference(
     """
     narrow = build_subnet(model, spec, assignment, subnet, width_correction=False).eval()
     whole = masked_model(model, spec, assignment, subnet).eval()
-    expected: Tensor = whole(*inputs)
     try:
+        expected: Tensor = whole(*inputs)
         got: Tensor = narrow(*inputs)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, AttributeError) as error:
         raise PartitionError(
             f"a subnet of {type(model).__name__} cannot run as wired",
             got=str(error).splitlines()[0],
@@ -140,7 +140,8 @@ def verify_wiring(
                         got=f"relative difference {difference:.2g} in subnet {subnet}"
                         + _culprits(trial, spec, inputs, seed, tolerance),
                         expected=f"at most {tolerance:g}",
-                        remedy="check whose output units are whose input units",
+                        remedy="check whose output units are whose input units; where an "
+                        "operation mixes units, make it a module with a rule and `masked`",
                     )
                 worst = max(worst, difference)
     return worst

@@ -129,7 +129,7 @@ def test_compare_prints_one_table_and_keeps_every_run(gist, tmp_path):
         assert row["test_mean"] == pytest.approx(sum(metrics) / 2)
         assert row["test_std"] == pytest.approx(abs(metrics[0] - metrics[1]) / 2**0.5)
     assert rows[1]["parameters_per_subnet"] < full["parameters_per_subnet"]
-    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     code, printed, _ = gist("report", str(out))
     assert code == 0
     assert (out / "report.html").exists()

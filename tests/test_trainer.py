@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 
 from gist import GISTTrainer, GraphData, load_dataset
 from gist.config import TrainConfig
-from gist.errors import ConfigError, DataError, PartitionError
+from gist.errors import CheckpointError, ConfigError, DataError, PartitionError
 from gist.execution.local import DivergedError
 from gist.nn import GAT, GCN, GraphSAGE
 from gist.partition.spec import model_tensors
@@ -111,6 +111,20 @@ def test_saved_files_hold_the_run(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_saved_run_can_be_loaded_into_a_fresh_trainer(tmp_path):
+    trainer = GISTTrainer(gcn(), DATA, **SETTINGS)
+    trainer.fit()
+    trainer.save(tmp_path)
+    fresh = GISTTrainer(gcn(), DATA, **SETTINGS)
+    fresh.load(tmp_path)
+    assert torch.equal(fresh.predict(), trainer.predict())
+    other = GISTTrainer(gcn(width=12), DATA, **SETTINGS)
+    with pytest.raises(CheckpointError, match=r"another model.*\(16.*\(12"):
+        other.load(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        other.load(tmp_path / "nowhere")
+
+
 def test_a_fresh_model_predicts_the_same_from_the_saved_file(tmp_path):
     trainer = GISTTrainer(gcn(), DATA, **SETTINGS, out=str(tmp_path))
     trainer.fit()
@@ -147,6 +161,14 @@ def test_early_stopping_and_callbacks_and_sparse_evaluation():
     assert [r.val_metric is not None for r in sparse.history] == [
         False, False, True, False, False, True, True,
     ]  # fmt: skip
+
+
+def test_fitting_twice_is_refused_and_changes_nothing():
+    trainer = GISTTrainer(gcn(), DATA, **SETTINGS)
+    result = trainer.fit()
+    with pytest.raises(ConfigError, match=r"fitted already.*resume"):
+        trainer.fit()
+    assert trainer.evaluate("test")["accuracy"] == result.test_metric
 
 
 def test_fast_dev_run_is_two_steps():

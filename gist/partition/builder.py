@@ -8,7 +8,7 @@ from torch import nn
 
 from gist.errors import PartitionError
 from gist.partition.index_map import ONE_POSITION
-from gist.partition.rules.registry import rule_of
+from gist.partition.rules.registry import HOW_TO_REGISTER, has_rule, known_types, rule_of
 from gist.partition.spec import (
     Axis,
     ParamLayout,
@@ -43,6 +43,8 @@ class SpecBuilder:
         self._ports: dict[str, Port] = {}
         self._blocks: dict[str, tuple[str, int]] = {}
         self._findings: list[str] = []
+        self._refused: list[str] = []
+        self._unruled = False
 
     def layer(
         self,
@@ -71,12 +73,19 @@ class SpecBuilder:
             children = [name for name, _ in self.model.named_children()]
             self._findings.append(f"{path}: no such module; the model has {', '.join(children)}")
             return None
+        if not has_rule(module):
+            self._refused.append(path)
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            self._findings.append(f"{path}: no partition rule for layer type {kind}")
+            self._unruled = True
+            return None
         layer = Layer(self, path, module, input, produces, units)
         try:
             rule = rule_of(module)
             layer.contracts = rule.contracts
             output = rule.connect(layer)
         except PartitionError as error:
+            self._refused.append(path)
             self._findings.append(f"{path}: {error}")
             return None
         if input is not None or output is not None:
@@ -155,11 +164,13 @@ class SpecBuilder:
                     f"{name}: is lazy (its size is not known yet); give in_channels instead of -1, "
                     "or run the model once before training"
                 )
-            elif name not in self._layouts:
+            elif name not in self._layouts and not self._is_refused(name):
                 found.append(
                     f"{name}: no layer of the wiring declares it (shape {tuple(tensor.shape)}); "
-                    f"add module {name.rpartition('.')[0]!r} to the wiring"
+                    f"add module {self._layer_of(name)!r} to the wiring"
                 )
+        if self._unruled:
+            found.append(f"known layer types are {known_types()}; {HOW_TO_REGISTER}")
         raise_findings(f"{type(self.model).__name__} cannot be partitioned as wired", found)
         spec = PartitionSpec(
             groups=self._groups,
@@ -169,6 +180,16 @@ class SpecBuilder:
         )
         spec.check(self.model)
         return spec
+
+    def _is_refused(self, name: str) -> bool:
+        return any(name.startswith(f"{path}.") for path in self._refused)
+
+    def _layer_of(self, name: str) -> str:
+        """The outermost module around a tensor that has a rule, else the innermost."""
+        parts = name.split(".")[:-1]
+        paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        ruled = (path for path in paths if has_rule(self.model.get_submodule(path)))
+        return next(ruled, ".".join(parts))
 
 
 class Layer:

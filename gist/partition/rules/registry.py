@@ -67,6 +67,8 @@ class Rule:
         return None
 
 
+HOW_TO_REGISTER = "register one: @gist.register_rule(YourLayer) on a subclass of gist.Rule"
+
 _RULES: dict[type[nn.Module], Rule] = {}
 
 R = TypeVar("R", bound=type[Rule])
@@ -106,13 +108,17 @@ def rule_of(module: nn.Module) -> Rule:
     try:
         return _RULES[type(module)]
     except KeyError:
-        known = ", ".join(sorted({kind.__name__ for kind in _RULES}))
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = type(module)
         raise PartitionError(
-            f"no partition rule for layer type {kind}",
-            expected=f"one of {known}",
-            remedy="register one: @gist.register_rule(YourLayer) on a subclass of gist.Rule",
+            f"no partition rule for layer type {kind.__module__}.{kind.__qualname__}",
+            expected=f"one of {known_types()}",
+            remedy=HOW_TO_REGISTER,
         ) from None
+
+
+def known_types() -> str:
+    """Names of the layer types that have a rule."""
+    return ", ".join(sorted({kind.__name__ for kind in _RULES}))
 
 
 def has_rule(module: nn.Module) -> bool:

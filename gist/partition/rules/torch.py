@@ -28,6 +28,13 @@ class OnHeld(nn.Module):
         out[..., self.held] = self.narrowed(x[..., self.held], *args, **kwargs)
         return out
 
+    def __getattr__(self, name: str) -> Any:
+        """What a model reads of the layer besides calling it is the narrowed layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("narrowed"), name)
+
 
 @register_rule(nn.Linear)
 class LinearRule(Rule):
