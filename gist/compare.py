@@ -90,7 +90,7 @@ def render(table: dict[str, Any]) -> Table:
     view = Table(
         title=f"{table['dataset']}: {table['metric']} in %, at the best validation round",
         caption=f"{seeds} seed{'s' if seeds > 1 else ''}; MiB: peak memory; "
-        f"per subnet: parameters, of {total:,} in all",
+        f"per subnet: parameters of {total:,}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,

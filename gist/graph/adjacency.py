@@ -19,7 +19,7 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 from gist.errors import DataError
 
-_SPARSE_BELOW = 0.1
+SPARSE_BELOW = 0.1
 """Share of entries that are not zero, below which a sparse product beats a dense one here."""
 
 
@@ -139,7 +139,7 @@ class SparseMatrix:
 
 
 def _if_sparse(x: Tensor) -> SparseMatrix | None:
-    if x.device.type != "cpu" or float(torch.count_nonzero(x)) > _SPARSE_BELOW * x.numel():
+    if x.device.type != "cpu" or float(torch.count_nonzero(x)) > SPARSE_BELOW * x.numel():
         return None
     return SparseMatrix.from_scipy(sp.csr_matrix(x.numpy()))
 
