@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := dev,docs
 
 # Processes that run the tests side by side, one thread each; 0: in this process.
-TEST_WORKERS ?= 0
+TEST_WORKERS ?= 2
 
 export OMP_NUM_THREADS ?= 2
 export PIP_NO_INPUT := 1

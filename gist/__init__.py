@@ -1,10 +1,12 @@
 """Independent subnet training: ultra-wide graph networks on whatever machine you have."""
 
+from gist import nn
 from gist.config import TrainConfig
 from gist.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    DivergedError,
     GistError,
     MissingDependencyError,
     PartitionError,
@@ -32,6 +34,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DisjointUniform",
+    "DivergedError",
     "GISTTrainer",
     "GistError",
     "GraphData",
@@ -50,6 +53,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "load_dataset",
+    "nn",
     "partition_spec",
     "prepare_dataset",
     "register_rule",

@@ -57,6 +57,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary)
+        temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -108,7 +109,8 @@ def save_checkpoint(folder: Path, round: int, checkpoint: Checkpoint) -> Path:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in sorted(folder.glob("round-*"))[:-_KEEP]:
+    others = sorted(path for path in folder.glob("round-*") if path != target)
+    for old in others[: 1 - _KEEP]:
         shutil.rmtree(old)
     return target
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from gist.checkpoint import write_atomically
 from gist.compare import compare as run_comparison
+from gist.compare import differing_settings, write_run_config
 from gist.compare import render as render_comparison
-from gist.compare import write_run_config
 from gist.config import OPTIMIZER_STATES, OPTIMIZERS, SCHEDULES, SubnetSchedule
 from gist.errors import ConfigError, GistError
 from gist.experiment import METHODS, MODELS, Experiment
@@ -60,7 +60,7 @@ EarlyStopping = Annotated[
 EvalEvery = Annotated[int | None, typer.Option(help="Evaluate after every so many rounds.")]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation and training.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda where there is one.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write the outcome to this file; - prints it.")
 ]
@@ -73,8 +73,9 @@ def train(
     dataset: Dataset,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gist",
     subnets: Annotated[
-        str, typer.Option(help="m, or a schedule such as 0.6:8,0.4:1 (share of the budget:m).")
-    ] = "4",
+        str | None,
+        typer.Option(help="m (default 4), or a schedule such as 0.6:8,0.4:1 (share:m)."),
+    ] = None,
     data: DataOption = None,
     model: Model = None,
     hidden: Hidden = None,
@@ -119,14 +120,20 @@ def train(
         data_options=_pairs(data),
         settings={
             **_given(parameters, _TRAIN_SETTINGS),
-            "num_subnets": parse_subnets(subnets),
+            **({} if subnets is None else {"num_subnets": parse_subnets(subnets)}),
             "deterministic": deterministic,
             "fast_dev_run": fast_dev_run,
         },
         seed=seed,
     )
     trainer = experiment.trainer(experiment.load_data(), device)
-    result = trainer.fit(resume=resume)
+    try:
+        result = trainer.fit(resume=resume)
+    except KeyboardInterrupt:
+        kept = out is not None and checkpoint_every is not None
+        then = f"go on with --resume {out}" if kept else "nothing was saved: no --checkpoint-every"
+        _errors.print(f"interrupted after {len(trainer.history)} rounds; {then}", soft_wrap=True)
+        raise typer.Exit(130) from None
     summary = {**experiment.summary(trainer, result), "command": _command()}
     if out is not None:
         write_run_config(out, summary)
@@ -212,6 +219,9 @@ def compare(
     _write_json(json_file, table)
     if not quiet:
         _console.print(render_comparison(table))
+        if lines := differing_settings(table):
+            lines = ["settings that differ, as the dataset's card has them:", *lines]
+            _console.print("\n  ".join(lines), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -261,7 +271,7 @@ def main() -> None:
     """Runs the command line; an error that a user can mend is one line, not a traceback."""
     try:
         app()
-    except GistError as error:
+    except (GistError, OSError) as error:
         _errors.print(f"[bold red]error[/]: {_escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
 

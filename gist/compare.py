@@ -46,6 +46,9 @@ def compare(
     data = base.load_data()
     methods = [replace(base, method="full")] if full else []
     methods += [replace(base, settings={**base.settings, "num_subnets": m}) for m in subnets]
+    for method in methods:  # what is computed once (kept products, kernels) is charged to none
+        settings = {**method.settings, "fast_dev_run": True, "progress": False}
+        replace(method, settings=settings).trainer(data, device).fit()
     runs: list[list[dict[str, Any]]] = [[] for _ in methods]
     folders: list[list[str]] = [[] for _ in methods]
     for seed in range(base.seed, base.seed + seeds):
@@ -128,8 +131,25 @@ def _row(method: Experiment, runs: list[dict[str, Any]], folders: list[str]) -> 
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "num_parameters": runs[0]["num_parameters"],
         "parameters_per_subnet": max(runs[0]["parameters_per_subnet"]),
+        "settings": _chosen(runs[0]),
         "runs": folders,
     }
+
+
+def _chosen(run: dict[str, Any]) -> dict[str, Any]:
+    names = ("local_steps", "schedule", "lr", "weight_decay")
+    return {**run["model_settings"], **{name: run["settings"][name] for name in names}}
+
+
+def differing_settings(table: dict[str, Any]) -> list[str]:
+    """One line per method whose settings are not the first one's: dataset cards choose per m."""
+    settings = [row["settings"] for row in table["rows"]]
+    names = [n for n in settings[0] if any(given[n] != settings[0][n] for given in settings)]
+    lines = []
+    for row in table["rows"] if names else []:
+        values = ", ".join(f"{name} {row['settings'][name]}" for name in names)
+        lines.append(f"{row['method']} m = {_column_text(row['subnets'])}: {values}")
+    return lines
 
 
 def _label(method: Experiment) -> str:

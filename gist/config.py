@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -47,11 +49,12 @@ class TrainConfig:
         optimizer_state: ``"reset"`` starts each round with a fresh optimiser (the papers);
             ``"carry"`` moves moments along with their parameters.
         sampler: How units are dealt.
-        width_correction: Scale sums over narrowed inputs up to the whole width; None does so only
-            for models without normalisation.
+        width_correction: Scale sums over narrowed inputs up to the whole width; None does so where
+            no normalisation takes care of it (:func:`~gist.partition.subnet.corrected_paths`).
         executor: Where subnets run: ``"auto"`` or ``"serial"``.
         clip_norm: Largest gradient norm of a subnet; None does not clip.
-        early_stopping: Stop after this many evaluations without a better validation metric.
+        early_stopping: Stop after this many evaluations without a better validation metric; may
+            be changed when a run is resumed, which then ends where the new value says.
         eval_every: Evaluate after every so many rounds, and after the last.
         recalibrate_bn: Re-estimate BatchNorm statistics of the merged model on training data
             before it is evaluated; None does so where m > 1.
@@ -86,12 +89,13 @@ class TrainConfig:
     deterministic: bool = False
     fast_dev_run: bool = False
     checkpoint_every: int | None = None
-    out: str | None = None
+    out: str | os.PathLike[str] | None = None
     callbacks: tuple[Callable[[Any, Any], bool | None], ...] = ()
     progress: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._normalize()
         for name in ("local_steps", "eval_every"):
             _require_count(name, getattr(self, name))
         for name in ("rounds", "early_stopping", "checkpoint_every"):
@@ -99,7 +103,7 @@ class TrainConfig:
                 _require_count(name, getattr(self, name))
         for name in ("lr", "clip_norm", "epochs"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
+            if (value is not None or name == "lr") and not (_is_number(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive number", got=repr(value))
         if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError("weight_decay must be 0 or more", got=repr(self.weight_decay))
@@ -115,16 +119,35 @@ class TrainConfig:
         _require_choice("executor", self.executor, EXECUTORS)
         if self.checkpoint_every is not None and self.out is None:
             raise ConfigError("checkpoint_every needs a directory", remedy="give out='runs/name'")
-        if not isinstance(self.sampler, Sampler):
+        if not isinstance(self.sampler, Sampler) or not is_dataclass(self.sampler):
             raise ConfigError(
-                "sampler must be a gist.Sampler",
+                "sampler must be a gist.Sampler, and a dataclass, so that a run can name it",
                 got=repr(self.sampler),
                 expected="such as DisjointUniform()",
+                remedy="put @dataclass(frozen=True) on a sampler of your own",
             )
-        if not isinstance(self.seed, int):
+        optional_switches = ("width_correction", "recalibrate_bn", "progress")
+        for name in ("deterministic", "fast_dev_run", *optional_switches):
+            value, optional = getattr(self, name), name in optional_switches
+            if not isinstance(value, bool) and not (optional and value is None):
+                choices = "True, False or None" if optional else "True or False"
+                raise ConfigError(f"{name} must be {choices}", got=repr(value))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError("seed must be an integer", got=repr(self.seed))
-        object.__setattr__(self, "callbacks", tuple(self.callbacks))
+        if not all(callable(callback) for callback in self.callbacks):
+            raise ConfigError("callbacks must be functions", got=repr(self.callbacks))
         self._check_subnets()
+
+    def _normalize(self) -> None:
+        """Whole numbers of other libraries become int, a path a str, one callback a tuple."""
+        for name in ("num_subnets", "local_steps", "rounds", "eval_every", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and hasattr(value, "__index__"):
+                object.__setattr__(self, name, operator.index(value))
+        if self.out is not None:
+            object.__setattr__(self, "out", os.fspath(self.out))
+        given = (self.callbacks,) if callable(self.callbacks) else tuple(self.callbacks)
+        object.__setattr__(self, "callbacks", given)
 
     def _check_subnets(self) -> None:
         if isinstance(self.num_subnets, int):
@@ -184,7 +207,14 @@ class TrainConfig:
 def learning_rate_factor(schedule: str | LearningRateSchedule, share: float) -> float:
     """The factor on the base learning rate after ``share`` of the budget, in [0, 1)."""
     if callable(schedule):
-        return float(schedule(share))
+        try:
+            return float(schedule(share))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                "schedule must be a function from the share of the budget to a factor",
+                got=error,
+                expected="such as lambda share: 1 - share",
+            ) from error
     if schedule == "step":
         return 1.0 if share < 0.5 else 0.1 if share < 0.75 else 0.01
     if schedule == "cosine":
@@ -193,6 +223,9 @@ def learning_rate_factor(schedule: str | LearningRateSchedule, share: float) -> 
 
 
 def _name_of(function: Any) -> str:
+    if isinstance(function, partial):
+        values = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        return f"{_name_of(function.func)}({', '.join(values)})"
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 

@@ -45,5 +45,9 @@ class CheckpointError(GistError, ValueError):
     """A checkpoint that is missing, damaged or of another run."""
 
 
+class DivergedError(GistError, ArithmeticError):
+    """The loss of a subnet became NaN or infinite."""
+
+
 class MissingDependencyError(GistError, ImportError):
     """An optional package is needed and not installed."""

@@ -45,6 +45,9 @@ class Experiment:
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", load_card(self.dataset).name)
+
     def resolved(self) -> dict[str, Any]:
         """All settings: the card's for this number of subnets, then the given ones.
 
@@ -54,6 +57,12 @@ class Experiment:
         if self.method not in METHODS:
             raise ConfigError(
                 "unknown method", got=repr(self.method), expected=" or ".join(METHODS)
+            )
+        if self.method == "full" and self.settings.get("num_subnets", 1) != 1:
+            raise ConfigError(
+                "the full model is not split",
+                got=f"num_subnets={self.settings['num_subnets']}",
+                remedy="leave num_subnets out, or use method 'gist'",
             )
         subnets = self.settings.get("num_subnets", TrainConfig.num_subnets)
         most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
@@ -113,7 +122,7 @@ def build_model(
     layers: int = 3,
     norm: str | None = "layer",
     dropout: float = 0.5,
-    heads: int = 8,
+    heads: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """A reference model for a graph, initialised from ``seed`` alone.
@@ -123,6 +132,9 @@ def build_model(
     """
     if model not in MODELS:
         raise ConfigError("unknown model", got=repr(model), expected=" or ".join(MODELS))
+    if heads is not None and model != "gat":
+        raise ConfigError("only a gat has heads", got=f"model={model!r}, heads={heads}")
+    heads = 8 if heads is None else heads
     for name, value in (("hidden", hidden), ("layers", layers), ("heads", heads)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1", got=value)

@@ -13,7 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
-from rich.filesize import decimal
 
 from gist import plots
 from gist.checkpoint import write_atomically
@@ -277,7 +276,7 @@ def _count(value: float | None) -> Cell:
 
 
 def _bytes(value: int | None) -> Cell:
-    return Cell("–") if value is None else Cell(decimal(int(value)), value)
+    return Cell("–") if value is None else Cell(f"{value / 2**20:,.1f} MiB", value)
 
 
 def _largest(per_subnet: Any) -> Any:

@@ -18,9 +18,10 @@ from gist.batchnorm import recalibrate_batchnorm
 from gist.checkpoint import Checkpoint, save_tensors, write_atomically
 from gist.config import TrainConfig
 from gist.errors import CheckpointError, ConfigError, PartitionError
+from gist.execution.executor import make_executor
+from gist.execution.local import make_optimizer
 from gist.execution.memory import PeakMemory
 from gist.execution.objective import Objective
-from gist.execution.serial import SerialExecutor
 from gist.graph.data import GraphData
 from gist.graph.objective import GraphObjective
 from gist.history import RoundRecord, TrainResult, write_history
@@ -77,14 +78,20 @@ class SubnetTrainer:
         if config is not None and settings:
             raise ConfigError("give either config or settings", got=sorted(settings))
         self.config = config or TrainConfig.from_settings(settings)
+        self.device = _device_of(model)
         self.model, self.objective = model, objective
         self.spec: PartitionSpec = partition_spec(model, wiring)
         self._check_subnets()
         self.rounds = plan_rounds(self.config, objective.steps_per_epoch)
         objective.check(model)
-        sample = objective.sample_inputs(model)
-        self.wiring_error = verify_wiring(model, sample, wiring=wiring, seed=self.config.seed)
-        self.executor = SerialExecutor(model, self.spec, objective, self.config)
+        inputs, keywords = objective.sample_inputs(model)
+        self.wiring_error = verify_wiring(
+            model, inputs, keywords, wiring=wiring, seed=self.config.seed
+        )
+        make_optimizer(self.config, model.parameters())  # refuses one that cannot be made
+        self.executor = make_executor(model, self.spec, objective, self.config)
+        if self.config.out is not None:
+            _make_folder(Path(self.config.out))
         self.history: list[RoundRecord] = []
         self.best: RoundRecord | None = None
         self.result: TrainResult | None = None
@@ -113,24 +120,28 @@ class SubnetTrainer:
                 got=f"{len(self.history)} of {len(self.rounds)} rounds done",
                 remedy="make a new trainer, or give resume=... to go on from a checkpoint",
             )
-        memory = PeakMemory(next(self.model.parameters()).device)
+        else:
+            self._refuse_foreign_checkpoints()
+        memory = PeakMemory(self.device)
         pending = self.rounds[len(self.history) :]
         with (
             self._as_found(),
             RoundProgress(len(self.rounds), len(self.history), self.config.progress) as progress,
         ):
             for plan in pending:
+                if self._is_stale():
+                    break
                 record = self._run_round(plan)
                 progress.update(record, len(self.history))
                 stop = [callback(self, record) for callback in self.config.callbacks]
-                if any(stop) or self._is_stale():
+                if any(stop):
                     break
             if self.history[-1].val_metric is None:  # stopped between two evaluations
                 self._evaluate_round(self.rounds[self.history[-1].round])
         self.result = self._result(memory.bytes())
         self._load(self._best_tensors)
         if self.config.out is not None:
-            self.save(self.config.out)
+            self.save(Path(self.config.out))
         return self.result
 
     def _run_round(self, plan: RoundPlan) -> RoundRecord:
@@ -286,6 +297,11 @@ class SubnetTrainer:
         """The run as JSON values: model, groups, settings."""
         return {
             "model": type(self.model).__name__,
+            "architecture": {
+                path: f"{type(module).__qualname__}({module.extra_repr()})"
+                for path, module in self.model.named_modules()
+            },
+            "tensors": {n: [str(t.dtype), *t.shape] for n, t in model_tensors(self.model).items()},
             "metric": self.metric,
             "executor": self.executor.name,
             "groups": self.spec.sizes,
@@ -294,12 +310,17 @@ class SubnetTrainer:
         }
 
     def save_checkpoint(self) -> Path:
-        """Writes a checkpoint below ``config.out``."""
-        assert self.config.out is not None, "checked by the config"
+        """Writes a checkpoint below ``config.out``.
+
+        Raises:
+            ConfigError: ``out`` is not set.
+        """
+        if self.config.out is None:
+            raise ConfigError("a checkpoint needs a directory", remedy="give out='runs/name'")
         tensors = {"model": dict(model_tensors(self.model)), "best": self._best_tensors}
-        if self.executor.carried is not None:
-            tensors["optimizer"] = self.executor.carried.state_dict()
-        state = {
+        if state := self.executor.state_dict():
+            tensors["executor"] = state
+        values = {
             "run": self.describe(),
             "history": [asdict(record) for record in self.history],
             "best_round": None if self.best is None else self.best.round,
@@ -307,7 +328,7 @@ class SubnetTrainer:
         return checkpoint.save_checkpoint(
             Path(self.config.out) / "checkpoints",
             len(self.history),
-            Checkpoint(tensors=tensors, state=state),
+            Checkpoint(tensors=tensors, state=values),
         )
 
     def load_checkpoint(self, path: str | Path) -> None:
@@ -327,17 +348,27 @@ class SubnetTrainer:
         if differ:
             raise CheckpointError(
                 "the checkpoint is of another run",
-                got=", ".join(f"{key}={flat_ours[key]!r}" for key in differ),
-                expected=", ".join(f"{key}={flat_theirs.get(key)!r}" for key in differ),
+                got=", ".join(f"{key}={flat_ours[key]!r}" for key in differ[:3]),
+                expected=", ".join(f"{key}={flat_theirs.get(key)!r}" for key in differ[:3]),
                 remedy="resume with the settings, model and data it was made with",
             )
         self._load(found.tensors["model"])
         self._best_tensors = found.tensors["best"]
-        if self.executor.carried is not None:
-            self.executor.carried.load_state_dict(found.tensors["optimizer"])
+        self.executor.load_state_dict(found.tensors.get("executor", {}))
         self.history = [RoundRecord(**record) for record in found.state["history"]]
         best = found.state["best_round"]
         self.best = None if best is None else self.history[best]
+
+    def _refuse_foreign_checkpoints(self) -> None:
+        if self.config.checkpoint_every is None or self.config.out is None:
+            return
+        folder = Path(self.config.out) / "checkpoints"
+        if any(folder.glob("round-*")):
+            raise ConfigError(
+                "the directory holds checkpoints of an earlier run",
+                got=folder,
+                remedy="go on from them with resume=..., give another out, or delete them",
+            )
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor]) -> None:
@@ -379,9 +410,8 @@ class GISTTrainer(SubnetTrainer):
     def __init__(self, model: nn.Module, data: GraphData | Any, **settings: Any) -> None:
         if not isinstance(data, GraphData):
             data = GraphData.from_pyg(data)
-        device = next(model.parameters()).device
         self.data = data
-        super().__init__(model, GraphObjective(data, device), **settings)
+        super().__init__(model, GraphObjective(data, _device_of(model)), **settings)
 
     @property
     def metric(self) -> str:
@@ -395,6 +425,26 @@ class GISTTrainer(SubnetTrainer):
         data = self.objective.data
         with self._as_found():
             return self.objective.scores(self.model.eval(), data.x, data.adjacency)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            "model must be a module", got=repr(model), remedy="call the class to make a model"
+        )
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise PartitionError(f"{type(model).__name__} has no parameters to train")
+    return parameter.device
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "out is no directory that can be written to", got=folder, expected=str(error)
+        ) from error
 
 
 def _number(value: float | None) -> float:

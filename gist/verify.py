@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,7 +63,12 @@ def masked_model(
 
 @torch.no_grad()
 def subnet_difference(
-    model: nn.Module, spec: PartitionSpec, assignment: Assignment, subnet: int, inputs: Any
+    model: nn.Module,
+    spec: PartitionSpec,
+    assignment: Assignment,
+    subnet: int,
+    inputs: Any,
+    keywords: Mapping[str, Any] | None = None,
 ) -> float:
     """Largest difference between a subnet's output and the masked whole model's, both in eval mode.
 
@@ -72,6 +78,7 @@ def subnet_difference(
         assignment: Which units each subnet holds.
         subnet: Index of the subnet.
         inputs: Positional arguments of the model.
+        keywords: Further arguments of the model, by name.
 
     Returns:
         The largest absolute difference over the largest absolute output.
@@ -82,8 +89,8 @@ def subnet_difference(
     narrow = build_subnet(model, spec, assignment, subnet, width_correction=False).eval()
     whole = masked_model(model, spec, assignment, subnet).eval()
     try:
-        expected: Tensor = whole(*inputs)
-        got: Tensor = narrow(*inputs)
+        expected: Tensor = whole(*inputs, **(keywords or {}))
+        got: Tensor = narrow(*inputs, **(keywords or {}))
     except (RuntimeError, ValueError, IndexError, AttributeError) as error:
         raise PartitionError(
             f"a subnet of {type(model).__name__} cannot run as wired",
@@ -102,7 +109,12 @@ def subnet_difference(
 
 
 def verify_wiring(
-    model: nn.Module, inputs: Any, *, wiring: Wiring | None = None, seed: int = 0
+    model: nn.Module,
+    inputs: Any,
+    keywords: Mapping[str, Any] | None = None,
+    *,
+    wiring: Wiring | None = None,
+    seed: int = 0,
 ) -> float:
     """Refuses a model whose subnets do not compute what the masked whole model computes.
 
@@ -112,6 +124,7 @@ def verify_wiring(
     Args:
         model: The model; left as it is.
         inputs: Positional arguments of the model: a small sample.
+        keywords: Further arguments of the model, by name.
         wiring: See :func:`~gist.partition.wiring.partition_spec`.
         seed: Seed of the perturbation and of the deals that are tried.
 
@@ -132,13 +145,13 @@ def verify_wiring(
         for round in range(2):
             assignment = DisjointUniform()(spec.sizes, parts, seed=seed, round=round)
             for subnet in range(parts):
-                difference = subnet_difference(trial, spec, assignment, subnet, inputs)
+                difference = subnet_difference(trial, spec, assignment, subnet, inputs, keywords)
                 if not difference <= tolerance:
                     raise PartitionError(
                         f"the wiring of {type(model).__name__} is wrong: a subnet's output is not "
                         "that of the whole model with the other units switched off",
                         got=f"relative difference {difference:.2g} in subnet {subnet}"
-                        + _culprits(trial, spec, inputs, seed, tolerance),
+                        + _culprits(trial, spec, inputs, keywords, seed, tolerance),
                         expected=f"at most {tolerance:g}",
                         remedy="check whose output units are whose input units; where an "
                         "operation mixes units, make it a module with a rule and `masked`",
@@ -180,7 +193,12 @@ def _perturb(model: nn.Module) -> None:
 
 
 def _culprits(
-    model: nn.Module, spec: PartitionSpec, inputs: Any, seed: int, tolerance: float
+    model: nn.Module,
+    spec: PartitionSpec,
+    inputs: Any,
+    keywords: Mapping[str, Any] | None,
+    seed: int,
+    tolerance: float,
 ) -> str:
     # Partition one group at a time: the groups that fail alone are what to look at.
     wrong = []
@@ -194,7 +212,7 @@ def _culprits(
         }
         alone = Assignment(round=0, sizes=spec.sizes, held=held)
         try:
-            fine = subnet_difference(model, spec, alone, 0, inputs) <= tolerance
+            fine = subnet_difference(model, spec, alone, 0, inputs, keywords) <= tolerance
         except PartitionError:
             fine = False
         if not fine:

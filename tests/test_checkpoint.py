@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from gist import GISTTrainer, load_dataset
 from gist.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from gist.errors import CheckpointError
+from gist.errors import CheckpointError, ConfigError
 from gist.nn import GCN, GraphSAGE
 from gist.partition.spec import model_tensors
 
@@ -161,3 +162,43 @@ def test_a_checkpoint_on_other_data_is_refused(tmp_path):
     other = GISTTrainer(model, data, num_subnets=3, local_steps=3, epochs=54)
     with pytest.raises(CheckpointError, match="data="):
         other.fit(resume=tmp_path)
+
+
+def test_an_earlier_runs_checkpoints_are_not_overwritten(tmp_path):
+    trainer(tmp_path, checkpoint_every=1, callbacks=[Stop(3)]).fit()
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(ConfigError, match=r"checkpoints of an earlier run.*resume"):
+        trainer(tmp_path, checkpoint_every=1, seed=1).fit()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_going_back_to_an_older_checkpoint_keeps_what_is_written_then(tmp_path):
+    save_checkpoint(tmp_path, 8, checkpoint(8.0))
+    save_checkpoint(tmp_path, 9, checkpoint(9.0))
+    written = save_checkpoint(tmp_path, 2, checkpoint(2.0))
+    assert load_checkpoint(written).state == {"value": 2.0}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_that_stopped_early_stays_stopped_when_resumed(tmp_path):
+    settings = {"local_steps": 1, "epochs": 600, "early_stopping": 3, "checkpoint_every": 1}
+    expected = trainer(tmp_path, **settings).fit()
+    assert len(expected.history) < 200
+    got = trainer(tmp_path, **settings).fit(resume=tmp_path)
+    assert got.history == expected.history
+
+
+@pytest.mark.parametrize("other", [{"norm": "batch"}, {"bias": False}, {"dropout": 0.1}])
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, other):
+    trainer(tmp_path, checkpoint_every=1, callbacks=[Stop(1)]).fit()
+    model = GCN(DATA.num_features, 12, DATA.num_classes, 3, **other)
+    again = GISTTrainer(model, DATA, num_subnets=3, local_steps=3, epochs=54)
+    with pytest.raises(CheckpointError, match=r"architecture=|tensors="):
+        again.fit(resume=tmp_path)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    sgd, adam = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.Adam, lr=0.1)
+    trainer(tmp_path, checkpoint_every=1, callbacks=[Stop(1)], optimizer=sgd).fit()
+    with pytest.raises(CheckpointError, match=r"optimizer='torch\.optim.*Adam"):
+        trainer(tmp_path, optimizer=adam).fit(resume=tmp_path)

@@ -135,6 +135,16 @@ def test_compare_prints_one_table_and_keeps_every_run(gist, tmp_path):
     assert (out / "report.html").exists()
 
 
+@pytest.mark.realdata
+def test_settings_that_differ_between_methods_are_said(gist, real_data_root, monkeypatch):
+    monkeypatch.setenv("GIST_DATA", str(real_data_root))
+    _, printed, _ = gist(
+        "compare", "cora", "--subnets", "2", "--hidden", "8", "--epochs", "4", "--threads", "1"
+    )
+    assert "settings that differ" in printed
+    assert "full m = 1: norm None" in printed
+
+
 def test_compare_without_the_full_model_has_no_speedup(gist):
     _, printed, _ = gist("compare", "csbm", *TINY, "--no-full", "--subnets", "2", "--json", "-")
     assert [row["speedup"] for row in json.loads(printed)["rows"]] == [None]
@@ -156,6 +166,10 @@ def test_compare_without_the_full_model_has_no_speedup(gist):
         (["train", "csbm", "--data", "num_nodes"], "NAME=VALUE"),
         (["train", "csbm", *TINY, "--device", "tpu"], "this device cannot be used; got: tpu"),
         (["train", "csbm", *TINY, "--resume", "nowhere"], "no usable checkpoint in nowhere"),
+        (["train", "csbm", *TINY, "--heads", "2"], "only a gat has heads"),
+        (["train", "csbm", *TINY, "--method", "full", "--subnets", "2"], "full model is not split"),
+        (["train", "csbm", *TINY, "--out", "/proc/x"], "out is no directory"),
+        (["train", "csbm", "--data", "name=x"], "options that csbm does not have"),
         (["report", "nowhere"], "nowhere"),
     ],
 )

@@ -183,7 +183,8 @@ def test_runs_of_the_same_name_are_told_apart_by_their_path(run, copy, tmp_path)
 def test_a_comparison_brings_its_table_and_its_runs(table, tmp_path):
     page = Page(write_report([table], tmp_path))
     assert (tmp_path / "comparison.png").is_file()
-    for text in ("full model", "gist, m = 2", "71.00 ± 2.00%", "2.00×", "123.5 MB", "gist-seed1"):
+    memory = f"{123_456_789 / 2**20:,.1f} MiB"
+    for text in ("full model", "gist, m = 2", "71.00 ± 2.00%", "2.00×", memory, "gist-seed1"):
         assert text in page.text
     assert "gist compare csbm" in page.text
 

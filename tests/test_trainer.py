@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch_geometric.nn as pyg
@@ -10,8 +11,7 @@ from torch_geometric.data import Data
 
 from gist import GISTTrainer, GraphData, load_dataset
 from gist.config import TrainConfig
-from gist.errors import CheckpointError, ConfigError, DataError, PartitionError
-from gist.execution.local import DivergedError
+from gist.errors import CheckpointError, ConfigError, DataError, DivergedError, PartitionError
 from gist.nn import GAT, GCN, GraphSAGE
 from gist.partition.spec import model_tensors
 from gist.runs import read_history
@@ -302,9 +302,64 @@ def test_a_directed_graph_is_refused_where_symmetry_is_needed():
         DATA.edge_index[:, ::2], DATA.x, DATA.y, train=DATA.train_mask, val=DATA.val_mask,
         test=DATA.test_mask, directed=True,
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"GCN needs an undirected graph.*symmetrize=True"):
-        GISTTrainer(gcn(), data, num_subnets=2)
+    for model in (gcn(), pyg.GCN(8, 16, 2, 3)):
+        with pytest.raises(DataError, match=r"GCN needs an undirected.*symmetrize=True"):
+            GISTTrainer(model, data, num_subnets=2)
     GISTTrainer(GraphSAGE(8, 16, 3), data, num_subnets=2, fast_dev_run=True).fit()
+
+
+def test_what_a_hurried_user_hands_over_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="call the class"):
+        GISTTrainer(GCN, DATA)
+    with pytest.raises(PartitionError, match="no parameters"):
+        GISTTrainer(nn.Identity(), DATA)
+    frozen = gcn().requires_grad_(False)
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        GISTTrainer(frozen, DATA, num_subnets=2)
+    for optimizer in (lambda ps: None, torch.optim.LBFGS):
+        with pytest.raises(ConfigError, match="without a closure"):
+            GISTTrainer(gcn(), DATA, num_subnets=2, optimizer=optimizer)
+    with pytest.raises(ConfigError, match="schedule must be a function"):
+        GISTTrainer(gcn(), DATA, num_subnets=2, schedule=lambda share: None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="out is no directory"):
+        GISTTrainer(gcn(), DATA, num_subnets=2, out=tmp_path / "file")
+    with pytest.raises(ConfigError, match="a checkpoint needs a directory"):
+        GISTTrainer(gcn(), DATA, num_subnets=2).save_checkpoint()
+
+
+def test_paths_numpy_numbers_and_one_callback_are_taken_as_they_are(tmp_path):
+    seen = []
+    trainer = GISTTrainer(
+        gcn(), DATA, num_subnets=np.int64(2), local_steps=5, epochs=20, seed=np.int64(3),
+        out=tmp_path / "run", callbacks=lambda trainer, record: seen.append(record.round),
+    )  # fmt: skip
+    trainer.fit()
+    assert seen == [0, 1]
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def weighted(sign: float = 1.0) -> GraphData:
+    return GraphData.from_edges(
+        DATA.edge_index, DATA.x, DATA.y, train=DATA.train_mask, val=DATA.val_mask,
+        test=DATA.test_mask, edge_weight=sign * torch.ones(DATA.num_edges),
+    )  # fmt: skip
+
+
+def test_edge_weights_are_used_or_refused():
+    GISTTrainer(gcn(), weighted(), num_subnets=2, fast_dev_run=True).fit()
+    GISTTrainer(pyg.GCN(8, 16, 2, 3), weighted(), num_subnets=2, fast_dev_run=True).fit()
+    for model in (GraphSAGE(8, 16, 3), pyg.GIN(8, 16, 2, 3), GAT(8, 16, 3)):
+        with pytest.raises(DataError, match="does not use edge weights"):
+            GISTTrainer(model, weighted(), num_subnets=2)
+    with pytest.raises(DataError, match="edge weights of at least 0"):
+        GISTTrainer(gcn(), weighted(-1.0), num_subnets=2)
+
+
+def test_a_small_gin_keeps_its_last_inner_layer_whole():
+    trainer = GISTTrainer(pyg.GIN(8, 16, 2, 3), DATA, num_subnets=8, fast_dev_run=True)
+    assert min(trainer.spec.sizes.values()) == 16
+    trainer.fit()
 
 
 BAD_SETTINGS = {
@@ -329,6 +384,11 @@ BAD_SETTINGS = {
     "early_stopping": {"early_stopping": 0},
     "checkpoint without out": {"checkpoint_every": 1},
     "seed": {"seed": "zero"},
+    "lr none": {"lr": None},
+    "deterministic": {"deterministic": "no"},
+    "width_correction": {"width_correction": "x"},
+    "progress": {"progress": 3},
+    "callbacks": {"callbacks": [3]},
 }
 
 

@@ -8,22 +8,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from gist.config import TrainConfig
-from gist.errors import GistError
+from gist.errors import ConfigError, DivergedError
 from gist.execution.objective import Objective
 
 
-class DivergedError(GistError, ArithmeticError):
-    """The loss of a subnet became NaN or infinite."""
-
-
 def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """A fresh optimiser over the parameters that want gradients."""
+    """A fresh optimiser over the parameters that want gradients.
+
+    Raises:
+        ConfigError: no parameter does, or the factory gives no optimiser that can step by itself.
+    """
     wanted = [p for p in parameters if p.requires_grad]
+    if not wanted:
+        raise ConfigError("nothing to train: every parameter is frozen (requires_grad=False)")
     if callable(config.optimizer):
-        return config.optimizer(wanted)
+        optimizer = config.optimizer(wanted)
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS):
+            raise ConfigError(
+                "optimizer must make an optimiser that steps without a closure",
+                got=type(optimizer).__name__,
+                expected="a function of parameters, such as lambda ps: torch.optim.SGD(ps, lr=0.1)",
+            )
+        return optimizer
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     settings["fused"] = all(p.is_floating_point() for p in wanted)
     if config.optimizer == "sgd":

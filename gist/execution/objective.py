@@ -22,10 +22,13 @@ class Objective(Protocol):
         """The training loss of one batch, a differentiable scalar."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """``train_metric``, ``val_metric``, ``test_metric`` and ``val_loss`` of a model."""
+        """``train_metric``, ``val_metric``, ``test_metric`` and ``val_loss`` of a model.
 
-    def sample_inputs(self, model: nn.Module) -> tuple[Any, ...]:
-        """A small set of model inputs of the right kind, to verify the wiring with."""
+        ``train_metric`` is left out where the training labels do not define it.
+        """
+
+    def sample_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A small set of arguments of the model, positional and by name, to verify it with."""
 
     def check(self, model: nn.Module) -> None:
         """Refuses a model that does not fit the data, before training starts."""

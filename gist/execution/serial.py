@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
 
 from torch import Tensor, nn
 
 from gist.config import TrainConfig
-from gist.execution.local import DivergedError, make_optimizer, train_locally
+from gist.errors import DivergedError
+from gist.execution.executor import RoundReport
+from gist.execution.local import make_optimizer, train_locally
 from gist.execution.objective import Objective
 from gist.partition.assignment import Assignment
 from gist.partition.optim_state import CarriedState, State
@@ -20,23 +21,6 @@ from gist.plan import RoundPlan
 
 _KEPT_SHAPES = 16
 """Narrow modules that are kept for reuse; samplers with random sizes give ever new shapes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundReport:
-    """What a round cost and gave.
-
-    Attributes:
-        train_loss: Mean over subnets of their mean loss.
-        repartition_seconds: Extracting and merging.
-        bytes_sent: Between processes.
-        bytes_received: Between processes.
-    """
-
-    train_loss: float
-    repartition_seconds: float
-    bytes_sent: int = 0
-    bytes_received: int = 0
 
 
 class SerialExecutor:
@@ -59,6 +43,7 @@ class SerialExecutor:
         self.spec, self.objective, self.config = spec, objective, config
         self.model = model
         self.tensors = model_tensors(model)
+        self.device = next(model.parameters()).device
         self.carried: CarriedState | None = None
         if config.optimizer_state == "carry":
             self.carried = CarriedState(spec, dict(model.named_parameters()))
@@ -88,6 +73,15 @@ class SerialExecutor:
         repartition += time.perf_counter() - start
         loss = sum(losses) / len(losses)
         return RoundReport(train_loss=loss, repartition_seconds=repartition)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The carried optimiser state; empty where it is reset."""
+        return {} if self.carried is None else self.carried.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        if self.carried is not None:
+            self.carried.load_state_dict(state)
 
     def _load(self, assignment: Assignment, subnet: int) -> nn.Module:
         absent = [
@@ -130,7 +124,7 @@ class SerialExecutor:
         batches = self.objective.batches(
             seed=seed, round=plan.index, subnet=subnet, steps=plan.local_steps
         )
-        with seeded("train", seed, plan.index, subnet):
+        with seeded("train", seed, plan.index, subnet, device=self.device):
             try:
                 loss = train_locally(
                     module,

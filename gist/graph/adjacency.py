@@ -138,9 +138,9 @@ class SparseMatrix:
         return SparseMatrix(self.rows.to(device), symmetric=self.symmetric)
 
 
-def _if_sparse(x: Tensor) -> SparseMatrix | None:
+def _sparse_if_worth_it(x: Tensor) -> Tensor | SparseMatrix:
     if x.device.type != "cpu" or float(torch.count_nonzero(x)) > SPARSE_BELOW * x.numel():
-        return None
+        return x
     return SparseMatrix.from_scipy(sp.csr_matrix(x.numpy()))
 
 
@@ -293,9 +293,11 @@ class Adjacency:
             form: ``"identity"``, ``"gcn"`` or ``"mean"``.
             x: ``[N, d]``. Returns ``[N, d]``.
         """
-        if self.is_constant(x):
-            return self._kept(form, x)[0]
-        return x if form == "identity" else self.matrix(form, x.dtype).matmul(x)
+        if form == "identity":
+            return x
+        if self.is_constant(x) and isinstance(kept := self._kept(form, x), Tensor):
+            return kept
+        return self.matrix(form, x.dtype).matmul(x)
 
     def project(self, form: Form, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``M x Wᵀ + b``, where M is as in :meth:`propagate`.
@@ -309,21 +311,17 @@ class Adjacency:
             weight: ``[d_out, d_in]``.
             bias: ``[d_out]`` or None. Returns ``[N, d_out]``.
         """
-        if self.is_constant(x):
-            sparse = self._kept(form, x)[1]
-            if sparse is not None:
-                out = sparse.matmul(weight.t())
-                return out if bias is None else out + bias
+        if self.is_constant(x) and isinstance(kept := self._kept(form, x), SparseMatrix):
+            out = kept.matmul(weight.t())
+            return out if bias is None else out + bias
         return F.linear(self.propagate(form, x), weight, bias)
 
-    def _kept(self, form: Form, x: Tensor) -> tuple[Tensor, SparseMatrix | None]:
-        kept = self._constants[x]
-        version, *product = kept.get(form, (None,))
-        if version != x._version:
+    def _kept(self, form: Form, x: Tensor) -> Tensor | SparseMatrix:
+        kept: dict[Form, tuple[int, Tensor | SparseMatrix]] = self._constants[x]
+        if form not in kept or kept[form][0] != x._version:
             dense = x if form == "identity" else self.matrix(form, x.dtype).rows.product(x)
-            product = [dense, _if_sparse(dense)]
-            kept[form] = (x._version, *product)
-        return product[0], product[1]
+            kept[form] = (x._version, _sparse_if_worth_it(dense))
+        return kept[form][1]
 
     def to(self, device: torch.device | str) -> Adjacency:
         """The same graph on ``device``; kept products stay behind."""

@@ -19,7 +19,7 @@ from gist.errors import ConfigError, DataError
 from gist.graph import convert
 from gist.graph.adjacency import Adjacency
 from gist.graph.convert import SPLITS
-from gist.graph.metrics import METRICS, Metric, Task, one_of
+from gist.graph.metrics import METRICS, Metric, Task, is_defined, one_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -383,6 +383,14 @@ class GraphData:
                 expected=expected,
                 remedy="renumber the classes from 0, or correct num_classes or task",
             )
+        for split in ("val", "test"):
+            if not is_defined(self.metric, self.y[self.mask(split)]):
+                raise DataError(
+                    f"ROC-AUC is undefined on the {split} split: no class has both labels there",
+                    got=f"{int(self.mask(split).sum()):,} nodes",
+                    expected="at least one class with positive and negative nodes",
+                    remedy="use a larger or stratified split, or another metric",
+                )
 
     def _check_symmetry(self) -> None:
         if self.directed or self.adjacency.is_symmetric:
@@ -438,9 +446,17 @@ def _check_task(task: Task, metric: Metric, num_classes: int) -> None:
 
 def _symmetrized(adjacency: Adjacency) -> Adjacency:
     weight = adjacency.edge_weight
-    missing, values = convert.missing_reverses(adjacency.edge_index, weight, adjacency.num_nodes)
+    index, nodes = adjacency.edge_index, adjacency.num_nodes
+    missing, values = convert.missing_reverses(index, weight, nodes)
     if not missing.size(1):
         return adjacency
+    one_way = convert.missing_reverses(index, None, nodes)[0].size(1)
+    if one_way < missing.size(1):
+        raise DataError(
+            "the two directions of an edge have different weights, so none is the reverse's",
+            got=f"{missing.size(1) - one_way:,} such edges",
+            remedy="average the weights first, or keep them with directed=True",
+        )
     if weight is not None and values is not None:
         weight = torch.cat([weight, values])
     return Adjacency(torch.cat([adjacency.edge_index, missing], dim=1), adjacency.num_nodes, weight)

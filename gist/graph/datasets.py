@@ -34,7 +34,7 @@ _TIMEOUT_SECONDS = 60
 
 
 def load_dataset(
-    name: str, *, root: str | Path | None = None, seed: int = 0, **options: Any
+    name: str, /, *, root: str | Path | None = None, seed: int = 0, **options: Any
 ) -> GraphData:
     """A dataset by name; never touches the network.
 

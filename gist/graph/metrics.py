@@ -65,11 +65,22 @@ def _micro_f1(logits: Tensor, y: Tensor) -> float:
     return 2 * hits / claims if claims else 0.0
 
 
+def is_defined(metric: Metric, y: Tensor) -> bool:
+    """Whether labels define the metric: a ROC-AUC needs a class with both labels."""
+    if metric != "roc_auc":
+        return True
+    return len(_with_both_labels(y.reshape(len(y), -1))) > 0
+
+
+def _with_both_labels(labels: Tensor) -> Tensor:
+    return ((labels > 0).any(0) & (labels <= 0).any(0)).nonzero()[:, 0]
+
+
 def _roc_auc(logits: Tensor, y: Tensor) -> float:
     from sklearn.metrics import roc_auc_score  # takes a second to import
 
     scores, labels = logits.reshape(len(y), -1), y.reshape(len(y), -1)
-    both = ((labels > 0).any(0) & (labels <= 0).any(0)).nonzero()[:, 0]
+    both = _with_both_labels(labels)
     if not len(both):
         raise DataError(
             "ROC-AUC is undefined: no class has both positive and negative nodes here",

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn import GCNConv
 
 from gist.errors import DataError, PartitionError
 from gist.graph.adjacency import Adjacency
 from gist.graph.data import GraphData
-from gist.graph.metrics import compute_metric, loss
+from gist.graph.metrics import compute_metric, is_defined, loss
 from gist.modes import keeps_modes
 from gist.partition.rules.registry import without_caches
 
@@ -76,6 +77,7 @@ class GraphObjective:
                 data.metric, scores[data.mask(split)], data.y[data.mask(split)]
             )
             for split in ("train", "val", "test")
+            if split != "train" or is_defined(data.metric, self._train_y)
         }
         held_out = data.val_mask
         out["val_loss"] = float(loss(data.task, scores[held_out], data.y[held_out]))
@@ -85,8 +87,8 @@ class GraphObjective:
         """Identifies the data."""
         return self.data.fingerprint()
 
-    def sample_inputs(self, model: nn.Module) -> tuple[Any, ...]:
-        """A ring with chords and random features, on the model's device."""
+    def sample_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A ring with chords and random features, weighted if the data is, on its device."""
         x = self.data.x
         generator = torch.Generator().manual_seed(0)
         nodes = torch.arange(_SAMPLE_NODES)
@@ -94,26 +96,25 @@ class GraphObjective:
         target = torch.cat([nodes.roll(1), nodes.roll(7), nodes[::3].roll(5)])
         index = torch.cat([torch.stack([source, target]), torch.stack([target, source])], dim=1)
         features = torch.randn(_SAMPLE_NODES, x.size(1), generator=generator).to(x)
-        args, _ = self.inputs(model, features, Adjacency(index.to(x.device), _SAMPLE_NODES))
-        return args
+        weight = self.data.edge_weight
+        if weight is not None:
+            weight = torch.rand(source.numel(), generator=generator).repeat(2).to(weight)
+        graph = Adjacency(index.to(x.device), _SAMPLE_NODES, weight)
+        return self.inputs(model, features, graph)
 
     def check(self, model: nn.Module) -> None:
         """Refuses a model that does not fit the data.
 
         Raises:
-            DataError: the graph has a direction that the model cannot use.
+            DataError: the graph has directions or weights that the model cannot use.
             PartitionError: the model cannot run on this data, or puts out another width.
         """
         data = self.data
-        if data.directed and getattr(model, "needs_symmetric_graph", False):
-            raise DataError(
-                f"{type(model).__name__} needs an undirected graph: its normalisation is symmetric",
-                got="a graph declared directed",
-                remedy="build the GraphData with symmetrize=True, or use GraphSAGE or GAT",
-            )
+        self._check_graph(model)
+        args, keywords = self.sample_inputs(model)
         try:
             with torch.no_grad(), keeps_modes(model), without_caches(model):
-                out = model.eval()(*self.sample_inputs(model))
+                out = model.eval()(*args, **keywords)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise PartitionError(
                 f"{type(model).__name__} cannot run on this data",
@@ -121,10 +122,38 @@ class GraphObjective:
                 expected=f"a model of (x, edge_index) that takes {data.num_features} "
                 f"features of {data.x.dtype}",
             ) from error
+        if not isinstance(out, Tensor):
+            raise PartitionError(
+                f"{type(model).__name__} must put out one tensor", got=type(out).__name__
+            )
         if tuple(out.shape) != (_SAMPLE_NODES, data.num_classes):
             raise PartitionError(
                 f"{type(model).__name__} puts out another width than the data needs",
                 got=f"{tuple(out.shape[1:])} per node",
                 expected=f"{data.num_classes} (data.num_classes)",
                 remedy="build the model with out_channels=data.num_classes",
+            )
+
+    def _check_graph(self, model: nn.Module) -> None:
+        data, name = self.data, type(model).__name__
+        symmetric = any(isinstance(m, GCNConv) and m.normalize for m in model.modules())
+        if data.directed and symmetric:
+            raise DataError(
+                f"{name} needs an undirected graph: the normalisation of GCNConv is symmetric",
+                got="a graph declared directed",
+                remedy="build the GraphData with symmetrize=True, or use GraphSAGE or GAT",
+            )
+        if data.edge_weight is None:
+            return
+        if symmetric and bool((data.edge_weight < 0).any()):
+            raise DataError(
+                f"{name} needs edge weights of at least 0: GCNConv divides by root degrees",
+                got=f"a smallest weight of {float(data.edge_weight.min()):g}",
+                remedy="shift the weights, or drop them",
+            )
+        parameters = inspect.signature(model.forward).parameters
+        if not getattr(model, "supports_edge_weight", "edge_weight" in parameters):
+            raise DataError(
+                f"{name} does not use edge weights, but the graph has them",
+                remedy="drop them (edge_weight=None), or use a GCN",
             )

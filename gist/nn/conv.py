@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
+from gist.errors import DataError
 from gist.graph.adjacency import Adjacency
 from gist.partition.builder import Layer
 from gist.partition.rules.pyg import GCNConvRule, SAGEConvRule
@@ -41,9 +42,15 @@ class GCNConv(pyg.GCNConv):  # type: ignore[misc]  # PyG is untyped
         if not isinstance(edge_index, Adjacency):
             out = super().forward(x, edge_index, edge_weight)
             return out
+        if edge_weight is not None:
+            raise DataError(
+                "edge weights are given twice",
+                got="an Adjacency and edge_weight",
+                remedy="put the weights into the Adjacency",
+            )
         graph = edge_index
-        plain = self.normalize and self.add_self_loops and not self.improved and self.aggr == "add"
-        if not plain:
+        plain = self.normalize and self.add_self_loops and not self.improved
+        if not (plain and self.aggr == "add" and self.flow == "source_to_target"):
             out = super().forward(x, graph.edge_index, graph.edge_weight)
             return out
         if graph.is_constant(x) or self.in_channels < self.out_channels:
@@ -70,7 +77,7 @@ class SAGEConv(pyg.SAGEConv):  # type: ignore[misc]  # PyG is untyped
         if not isinstance(graph, Adjacency):
             out = super().forward(x, graph, size)
             return out
-        if self.project or self.aggr != "mean":
+        if self.project or self.aggr != "mean" or self.flow != "source_to_target":
             out = super().forward(x, graph.edge_index, size)
             return out
         weight, bias = self.lin_l.weight, self.lin_l.bias

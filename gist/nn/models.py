@@ -6,23 +6,31 @@ from typing import Any, Literal
 
 import torch_geometric.nn.models as zoo
 from torch import Tensor, nn
+from torch_geometric.nn.resolver import normalization_resolver
 
 from gist.errors import ConfigError
 from gist.graph.adjacency import Adjacency
 from gist.nn.conv import GCNConv, Graph, SAGEConcatConv, SAGEConv
 
-Norm = Literal["layer", "batch"] | None
+Norm = nn.Module | str | None
 
 
 def _norm(norm: Norm, width: int) -> nn.Module | None:
-    # Without affine parameters, as in the GIST paper.
-    if norm is None:
-        return None
-    if norm == "layer":
+    if norm is None or isinstance(norm, nn.Module):
+        return norm
+    if norm == "layer":  # without affine parameters, as in the GIST paper
         return nn.LayerNorm(width, elementwise_affine=False)
     if norm == "batch":
         return nn.BatchNorm1d(width)
-    raise ConfigError("unknown norm", got=repr(norm), expected="'layer', 'batch' or None")
+    try:
+        layer: nn.Module = normalization_resolver(norm, width)
+    except ValueError as error:
+        raise ConfigError(
+            "unknown norm",
+            got=repr(norm),
+            expected="'layer', 'batch', None, a module, or a name that PyG knows",
+        ) from error
+    return layer
 
 
 class GCN(zoo.GCN):  # type: ignore[misc]  # PyG is untyped
@@ -37,7 +45,8 @@ class GCN(zoo.GCN):  # type: ignore[misc]  # PyG is untyped
         out_channels: Outputs per node.
         num_layers: Number of convolutions.
         dropout: Probability after every hidden layer.
-        norm: ``"layer"`` (without affine parameters, as in the GIST paper), ``"batch"`` or None.
+        norm: ``"layer"`` (without affine parameters, as in the GIST paper), ``"batch"``, None, or
+            what PyG's models take: a module or a name such as ``"batch_norm"``.
         **kwargs: Further arguments of :class:`torch_geometric.nn.models.GCN` (``act``, ``jk``, …).
 
     Shapes:
@@ -45,7 +54,6 @@ class GCN(zoo.GCN):  # type: ignore[misc]  # PyG is untyped
     """
 
     accepts_adjacency = True
-    needs_symmetric_graph = True
 
     def __init__(
         self,
@@ -83,7 +91,8 @@ class GraphSAGE(zoo.GraphSAGE):  # type: ignore[misc]  # PyG is untyped
         out_channels: Outputs per node.
         num_layers: Number of convolutions.
         dropout: Probability after every hidden layer.
-        norm: ``"layer"`` (without affine parameters, as in the GIST paper), ``"batch"`` or None.
+        norm: ``"layer"`` (without affine parameters, as in the GIST paper), ``"batch"``, None, or
+            what PyG's models take: a module or a name such as ``"batch_norm"``.
         concat: True concatenates ``[h, mean of h]`` under one weight, as the GIST paper does; False
             has two weights, as PyG does, and PyG's state dict.
         **kwargs: Further arguments of :class:`torch_geometric.nn.models.GraphSAGE`.
@@ -120,8 +129,16 @@ class GraphSAGE(zoo.GraphSAGE):  # type: ignore[misc]  # PyG is untyped
 
     def init_conv(self, in_channels: Any, out_channels: int, **kwargs: Any) -> nn.Module:
         """One convolution."""
-        conv = SAGEConcatConv if self._concat else SAGEConv
-        return conv(in_channels, out_channels, **kwargs)
+        if not self._concat:
+            return SAGEConv(in_channels, out_channels, **kwargs)
+        if not isinstance(in_channels, int) or kwargs.keys() - {"bias"}:
+            raise ConfigError(
+                "GraphSAGE(concat=True) has one weight for [h, mean of h] and no other options",
+                got=f"in_channels={in_channels}, {', '.join(kwargs)}",
+                expected="an int and at most bias",
+                remedy="use concat=False",
+            )
+        return SAGEConcatConv(in_channels, out_channels, **kwargs)
 
 
 class GAT(zoo.GAT):  # type: ignore[misc]  # PyG is untyped
@@ -135,7 +152,7 @@ class GAT(zoo.GAT):  # type: ignore[misc]  # PyG is untyped
         heads: Attention heads; concatenated in hidden layers, averaged in the last.
         units: What a subnet is dealt: ``"channels"`` within every head, or whole ``"heads"``.
         dropout: Probability after every hidden layer and on attention weights.
-        norm: ``"layer"`` (without affine parameters), ``"batch"`` or None.
+        norm: As for :class:`GCN`.
         **kwargs: Further arguments of :class:`torch_geometric.nn.models.GAT`.
 
     Shapes:

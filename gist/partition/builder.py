@@ -130,6 +130,8 @@ class SpecBuilder:
 
     def follow(self, owner: nn.Module, path: str, name: str, slots: tuple[Slot, ...]) -> None:
         """Declares the layout of tensor ``name`` of module ``owner`` at ``path``."""
+        if not hasattr(owner, name):
+            raise PartitionError(f"has no tensor {name!r}", got=type(owner).__name__)
         tensor = getattr(owner, name)
         if tensor is None:
             return
@@ -143,7 +145,9 @@ class SpecBuilder:
         shape = () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
         layout = ParamLayout(name=full, shape=shape, slots=slots if shape else ())
         known = self._layouts.setdefault(full, layout)
-        if known != layout:
+        if known != layout and full == f"{path}.{name}":
+            self._findings.append(f"{path}: named twice in the wiring")
+        elif known != layout:
             self._findings.append(
                 f"{path}.{name}: tied to {full}, but follows other units there; "
                 "tied layers must share their unit groups"

@@ -100,11 +100,12 @@ class CarriedState:
 
     def load_state_dict(self, flat: Mapping[str, Tensor]) -> None:
         """Takes what :meth:`state_dict` gave."""
+        self.moments, self.steps, self.seen = {}, {}, {}
         for full, tensor in flat.items():
             key, _, name = full.partition("/")
             if key == "step":
                 self.steps[name] = tensor
-            elif key == "seen":
-                self.seen[name] = tensor
-            else:
-                self.moments.setdefault(key, {})[name] = tensor
+                continue
+            tensor = tensor.to(self.parameters[name].device)
+            kept = self.seen if key == "seen" else self.moments.setdefault(key, {})
+            kept[name] = tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -20,6 +21,9 @@ from gist.partition.streams import stream
 
 class Sampler(ABC):
     """Deals the units of every group to m subnets; subclasses deal one group."""
+
+    may_share: ClassVar[bool] = False
+    """Whether several subnets may hold a unit, so that there may be more subnets than units."""
 
     def __call__(
         self, sizes: Mapping[str, int], num_subnets: int, *, seed: int, round: int
@@ -33,12 +37,13 @@ class Sampler(ABC):
             round: Index of the round.
 
         Raises:
-            PartitionError: m is below 1 or above the size of the smallest group.
+            PartitionError: m is below 1, or above the size of the smallest group where no unit
+                may be held twice.
         """
         if num_subnets < 1:
             raise PartitionError("at least one subnet is needed", got=num_subnets)
         small = min(sizes, key=lambda g: sizes[g], default=None)
-        if small is not None and num_subnets > sizes[small]:
+        if not self.may_share and small is not None and num_subnets > sizes[small]:
             raise PartitionError(
                 "more subnets than units: every subnet must hold at least one unit of every group",
                 got=f"num_subnets={num_subnets}, group {small!r} has {sizes[small]} units",
@@ -84,6 +89,7 @@ class Overlapping(Sampler):
     """
 
     min_units: int
+    may_share: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.min_units < 1:
@@ -104,6 +110,7 @@ class Bernoulli(Sampler):
     """
 
     keep: float
+    may_share: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:

@@ -21,13 +21,17 @@ def stream_seed(*key: int | str) -> int:
 
 
 @contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """Draws torch's global random numbers from the stream of ``key``, on every device.
+def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None]:
+    """Draws torch's global random numbers from the stream of ``key``, on the CPU and ``device``.
 
-    The states of all generators are as they were on leaving.
+    The states of both generators are as they were on leaving; no other device is touched.
     """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(stream_seed(*key))
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(stream_seed(*key))
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(stream_seed(*key))
         yield
 
 

@@ -284,9 +284,10 @@ def corrected_paths(spec: PartitionSpec, width_correction: bool | None) -> froze
     Args:
         spec: The partition spec.
         width_correction: True corrects every layer whose output is not normalised; False none;
-            None (the default) does as True for models without any normalisation layer and as
-            False for models with one.
+            None (the default) does as True, but leaves out the last layer of a model that has
+            normalisation layers, where the correction was measured to do harm.
     """
-    if width_correction is None:
-        width_correction = not spec.has_normalization
-    return spec.unnormalized() if width_correction else frozenset()
+    paths = spec.unnormalized() if width_correction is not False else frozenset()
+    if width_correction is None and spec.has_normalization:
+        return frozenset(path for path in paths if spec.ports[path].output is not None)
+    return paths

@@ -33,8 +33,8 @@ def partition_spec(model: nn.Module, wiring: Wiring | None = None) -> PartitionS
     """The partition spec of a model.
 
     Args:
-        model: A model that declares its wiring (:mod:`gist.nn`), one of PyG's ``BasicGNN`` family,
-            or any other together with ``wiring``.
+        model: A :mod:`gist.nn` model or another of PyG's ``BasicGNN`` family, which
+            are known; a model with ``declare_wiring``; or any other together with ``wiring``.
         wiring: Whose output units are whose input units. Either a chain, the names of the layers in
             the order of the data flow: ``["conv1", "norm1", "conv2"]``, where every layer that sums
             over features starts a unit group, but for the last, whose output stays whole; a pair

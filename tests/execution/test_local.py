@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gist.config import TrainConfig
-from gist.execution.local import DivergedError, make_optimizer, train_locally
+from gist.errors import DivergedError
+from gist.execution.local import make_optimizer, train_locally
 
 
 class Quadratic:

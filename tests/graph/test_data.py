@@ -146,7 +146,8 @@ def test_two_classes_stay_multiclass_unless_asked():
     assert (build(y=two).task, build(y=two).num_classes) == ("multiclass", 2)
     data = build(y=two, task="binary")
     assert (data.num_classes, data.metric, data.y.dtype) == (1, "accuracy", torch.float32)
-    assert build(y=two, task="binary", metric="roc_auc").metric == "roc_auc"
+    with pytest.raises(DataError, match="ROC-AUC is undefined on the val split"):
+        build(y=two, task="binary", metric="roc_auc")
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.float64, bool])
@@ -326,8 +327,7 @@ def test_a_directed_graph_is_refused_counted_and_remedied():
 def test_directions_of_unequal_weight_are_refused():
     edges, weight = np.array([[0, 1], [1, 0]]), np.array([2.0, 3.0])
     refused("of the same weight; got: 2 of 2", edges=edges, edge_weight=weight)
-    both = build(edges=edges, edge_weight=weight, symmetrize=True)
-    assert both.adjacency.to_scipy().toarray()[[0, 1], [1, 0]].tolist() == [5.0, 5.0]
+    refused("different weights.*average", edges=edges, edge_weight=weight, symmetrize=True)
 
 
 def test_weights_take_the_precision_of_the_features():

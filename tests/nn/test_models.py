@@ -142,8 +142,8 @@ def test_state_dicts_are_pygs(model, more):
 
 
 def test_unknown_norms_are_refused():
-    with pytest.raises(ConfigError, match="'layer', 'batch' or None"):
-        gist.nn.GCN(5, 8, 3, norm="group")
+    with pytest.raises(ConfigError, match="'layer', 'batch', None"):
+        gist.nn.GCN(5, 8, 3, norm="grop")
 
 
 def test_hidden_norms_have_no_affine_parameters_as_in_the_paper():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gist.partition.builder import Layer
 from gist.partition.rules.registry import Rule, register_rule, rule_of
@@ -215,12 +216,21 @@ class SequentialRule(Rule):
 
 def connect_chain(layer: Layer, names: list[str]) -> Axis | None:
     """Connects submodules in a row; the last that produces units produces the layer's own."""
+    # Where the output stays whole, so does an inner layer that is no wider than it.
     modules = {name: layer.module.get_submodule(name) for name in names}
     producers = [name for name in names if rule_of(modules[name]).produces(modules[name])]
+    least = 0 if layer.is_partitioned or not producers else _rows(modules[producers[-1]])
     axis = layer.input
     for name in names:
-        if name in producers[:-1]:
+        if name in producers[:-1] and not _rows(modules[name]) <= least:
             axis = layer.inner(name, axis)
         else:
-            axis = layer.child(name, axis, produces=name in producers)
+            axis = layer.child(name, axis, produces=name == producers[-1] if producers else False)
     return axis
+
+
+def _rows(module: nn.Module) -> float:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or is_lazy(weight) or weight.dim() < 2:
+        return float("inf")
+    return weight.size(0)
