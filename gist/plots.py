@@ -41,7 +41,7 @@ SECONDS: dict[str, Callable[[TrainResult], float]] = {
 
 _DPI = 160
 _WIDTH = 8.0  # inches
-_MAX_UNITS, _MAX_ROUNDS, _MAX_GROUPS = 256, 256, 8
+_MAX_UNITS, _MAX_ROUNDS, _MAX_GROUPS = 64, 256, 8
 
 # Both palettes are safe for colour-blind readers: Okabe & Ito (2008) without its yellow, which is
 # too faint for a line, and the "muted" scheme of Paul Tol, which has no grey or black of its own.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pickle
 import time
 from pathlib import Path
@@ -27,15 +26,6 @@ from gist.graph.generate import csbm, digits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLANETOID = ("cora", "citeseer", "pubmed")
-
-
-@pytest.fixture(scope="session")
-def real_data_root():
-    """The folder with real data; skips where there is none."""
-    root = Path(os.environ.get("GIST_DATA") or REPOSITORY.parent / "shared" / "data")
-    if not os.environ.get("GIST_DATA") and not root.is_dir():
-        pytest.skip("no real data: GIST_DATA is unset and ../shared/data does not exist")
-    return root
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from gist.partition.builder import Layer
 
 
-class Rule:
+class Rule(ABC):
     """How one layer type follows its units. Subclass, and register with :func:`register_rule`.
 
     A rule is stateless. The forms of a layer that it describes are the whole one (the module as it
@@ -32,13 +33,13 @@ class Rule:
     caches: tuple[str, ...] = ()
     """Attributes that must not travel into subnets; they start as None there."""
 
+    @abstractmethod
     def connect(self, layer: Layer) -> Axis | None:
         """Declares the layout of the layer's tensors and returns its output axis.
 
         Use ``layer.input`` (None: whole), ``layer.produce(size)``, ``layer.follow(name, ...)``,
         ``layer.child(...)`` and ``layer.refuse(...)``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement connect")
 
     def produces(self, module: Any) -> bool:
         """Whether the output features are new units, rather than the input features handed on."""
