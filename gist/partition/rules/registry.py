@@ -45,7 +45,9 @@ class Rule(ABC):
         """Whether the output features are new units, rather than the input features handed on."""
         return self.contracts
 
-    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+    def resize(  # noqa: B027  # layers that keep no sizes need not
+        self, module: Any, input: int | None, output: int | None
+    ) -> None:
         """Corrects the attributes of a narrowed copy whose tensors are already in place.
 
         Args:
