@@ -28,7 +28,7 @@ from gist.history import RoundRecord, TrainResult, write_history
 from gist.modes import keeps_modes
 from gist.partition.assignment import Assignment
 from gist.partition.spec import PartitionSpec, model_tensors
-from gist.partition.subnet import Selection
+from gist.partition.subnet import held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import RoundPlan, plan_rounds
 from gist.progress import RoundProgress
@@ -187,12 +187,17 @@ class SubnetTrainer:
 
         Returns:
             One entry: the metric's name and its value.
+
+        Raises:
+            ConfigError: the split is unknown, or its labels do not define the metric.
         """
         if split not in ("train", "val", "test"):
             raise ConfigError("unknown split", got=repr(split), expected="'train', 'val' or 'test'")
         with self._as_found():
-            value = self.objective.evaluate(self.model.eval())[f"{split}_metric"]
-        return {self.metric: value}
+            metrics = self.objective.evaluate(self.model.eval())
+        if f"{split}_metric" not in metrics:
+            raise ConfigError(f"the labels of the {split} split do not define {self.metric}")
+        return {self.metric: metrics[f"{split}_metric"]}
 
     @property
     def metric(self) -> str:
@@ -244,13 +249,11 @@ class SubnetTrainer:
         evaluated = [r for r in self.history if r.test_metric is not None]
         last = self.history[-1]
         assignment = self.assign(self.rounds[last.round])
-        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        per_subnet = []
-        for subnet in range(assignment.num_subnets):
-            selection = Selection(self.spec, assignment, subnet)
-            layouts = [self.spec.layouts[name] for name in trained]
-            held = [layout for layout in layouts if selection.holds(layout)]
-            per_subnet.append(sum(selection.numel(layout) for layout in held))
+        trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        per_subnet = tuple(
+            held_entries(self.spec, assignment, subnet, trained)
+            for subnet in range(assignment.num_subnets)
+        )
         return TrainResult(
             history=tuple(self.history),
             best=self.best,
@@ -264,7 +267,7 @@ class SubnetTrainer:
             bytes_received=last.bytes_received,
             peak_memory_bytes=peak_memory_bytes,
             num_parameters=sum(p.numel() for p in self.model.parameters()),
-            parameters_per_subnet=tuple(per_subnet),
+            parameters_per_subnet=per_subnet,
         )
 
     def save(self, folder: str | Path) -> None:

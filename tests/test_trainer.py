@@ -251,6 +251,20 @@ def test_other_tasks_train(task):
     assert trainer.predict().shape == (data.num_nodes, data.num_classes)
 
 
+def test_a_training_split_without_both_labels_leaves_its_roc_auc_open():
+    y = (DATA.y == 0).float()
+    positive = DATA.train_mask & (DATA.y == 0)
+    data = GraphData.from_edges(
+        DATA.edge_index, DATA.x, y, train=positive, val=DATA.val_mask, test=DATA.test_mask,
+        task="binary", metric="roc_auc",
+    )  # fmt: skip
+    trainer = GISTTrainer(GraphSAGE(8, 16, 1), data, num_subnets=2, fast_dev_run=True)
+    assert trainer.fit().history[-1].train_metric is None
+    assert 0 <= trainer.evaluate("test")["roc_auc"] <= 1
+    with pytest.raises(ConfigError, match="train split do not define roc_auc"):
+        trainer.evaluate("train")
+
+
 def test_divergence_names_round_and_subnet():
     with pytest.raises(DivergedError, match=r"round \d+, subnet \d+.*no longer finite.*lower lr"):
         GISTTrainer(gcn(norm=None), DATA, **SETTINGS, optimizer="sgd", lr=1e25).fit()

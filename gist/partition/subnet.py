@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -126,6 +126,15 @@ def extract(
         for name, layout in spec.layouts.items()
         if name in tensors and selection.holds(layout)
     }
+
+
+def held_entries(
+    spec: PartitionSpec, assignment: Assignment, subnet: int, names: Iterable[str]
+) -> int:
+    """How many entries of the named tensors a subnet holds."""
+    selection = Selection(spec, assignment, subnet)
+    layouts = (spec.layouts[name] for name in names)
+    return sum(selection.numel(layout) for layout in layouts if selection.holds(layout))
 
 
 @torch.no_grad()
