@@ -6,6 +6,7 @@ import difflib
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
@@ -24,7 +25,10 @@ SubnetSchedule = Sequence[tuple[float, int]]
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("step", "cosine", "constant")
 OPTIMIZER_STATES = ("reset", "carry")
-EXECUTORS = ("auto", "serial")
+EXECUTORS = ("auto", "serial", "stacked")
+EVALUATIONS = ("auto", "full", "layerwise", "clusters")
+STORES = ("memory", "disk")
+PRECISIONS = ("full", "bfloat16")
 DEFAULT_EPOCHS = 400
 
 
@@ -51,7 +55,17 @@ class TrainConfig:
         sampler: How units are dealt.
         width_correction: Scale sums over narrowed inputs up to the whole width; None does so where
             no normalisation takes care of it (:func:`~gist.partition.subnet.corrected_paths`).
-        executor: Where subnets run: ``"auto"`` or ``"serial"``.
+        executor: Where subnets run: ``"serial"`` one after the other, ``"stacked"`` as one grouped
+            model, ``"auto"`` whichever measures faster here (by rule where ``deterministic``).
+        shared_batches: Whether all subnets of a round see the same batches, or each its own. None
+            lets serial subnets see their own (the papers), stacked and auto ones the same.
+        memory_limit: Bytes the run may take, or text such as ``"8GiB"``; None for what is free.
+        store: Where the global parameters live: in ``"memory"``, or memory-mapped on ``"disk"``
+            below ``out``.
+        keep_best: Keep the model of the best validation round, and hand it back at the end; False
+            hands back the last round's and saves the memory of one copy.
+        precision: ``"full"`` computes in the model's dtype, ``"bfloat16"`` under autocast.
+        compile: Compile the local steps with ``torch.compile``.
         clip_norm: Largest gradient norm of a subnet; None does not clip.
         early_stopping: Stop after this many evaluations without a better validation metric; may
             be changed when a run is resumed, which then ends where the new value says.
@@ -82,6 +96,12 @@ class TrainConfig:
     sampler: Sampler = field(default_factory=DisjointUniform)
     width_correction: bool | None = None
     executor: str = "auto"
+    shared_batches: bool | None = None
+    memory_limit: int | str | None = None
+    store: str = "memory"
+    keep_best: bool = True
+    precision: str = "full"
+    compile: bool = False
     clip_norm: float | None = None
     early_stopping: int | None = None
     eval_every: int = 1
@@ -117,6 +137,18 @@ class TrainConfig:
         _require_choice("schedule", self.schedule, SCHEDULES, or_function=True)
         _require_choice("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         _require_choice("executor", self.executor, EXECUTORS)
+        _require_choice("store", self.store, STORES)
+        _require_choice("precision", self.precision, PRECISIONS)
+        if self.memory_limit is not None:
+            object.__setattr__(self, "memory_limit", parse_bytes("memory_limit", self.memory_limit))
+        if self.store == "disk" and self.out is None:
+            raise ConfigError("a store on disk needs a directory", remedy="give out='runs/name'")
+        if self.executor == "stacked" and self.shared_batches is False:
+            raise ConfigError(
+                "stacked subnets see the same batches",
+                got="executor='stacked', shared_batches=False",
+                remedy="use executor='serial', or leave shared_batches out",
+            )
         if self.checkpoint_every is not None and self.out is None:
             raise ConfigError("checkpoint_every needs a directory", remedy="give out='runs/name'")
         if not isinstance(self.sampler, Sampler) or not is_dataclass(self.sampler):
@@ -126,8 +158,9 @@ class TrainConfig:
                 expected="such as DisjointUniform()",
                 remedy="put @dataclass(frozen=True) on a sampler of your own",
             )
-        optional_switches = ("width_correction", "recalibrate_bn", "progress")
-        for name in ("deterministic", "fast_dev_run", *optional_switches):
+        optional_switches = ("width_correction", "recalibrate_bn", "progress", "shared_batches")
+        switches = ("deterministic", "fast_dev_run", "keep_best", "compile")
+        for name in (*switches, *optional_switches):
             value, optional = getattr(self, name), name in optional_switches
             if not isinstance(value, bool) and not (optional and value is None):
                 choices = "True, False or None" if optional else "True or False"
@@ -181,14 +214,7 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown name, with the closest known one.
         """
-        known = [entry.name for entry in fields(cls)]
-        for name in settings.keys() - set(known):
-            close = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"unknown setting {name!r}",
-                expected=f"one of {', '.join(known)}",
-                remedy=f"did you mean {close[0]!r}?" if close else None,
-            )
+        split_settings(settings, cls)
         return cls(**settings)
 
     def to_json(self) -> dict[str, Any]:
@@ -202,6 +228,100 @@ class TrainConfig:
         if not isinstance(self.num_subnets, int):
             values["num_subnets"] = [list(phase) for phase in self.phases]
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig:
+    """Settings of the graph side of a run.
+
+    Attributes:
+        clusters: Parts that the training graph is cut into; None trains on the whole graph.
+        clusters_per_batch: Clusters whose union, with the edges between them, is a batch.
+        batches: Any other source of batches, instead of clusters.
+        inductive: Train on the subgraph of the training nodes alone; evaluate on the whole graph.
+        evaluation: How the model is evaluated: ``"full"`` in one pass, ``"layerwise"`` layer by
+            layer in blocks under ``memory_limit``, ``"clusters"`` on the unions of clusters (the
+            papers, not exact), ``"auto"`` in one pass where it fits, else layer by layer.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+
+    clusters: int | None = None
+    clusters_per_batch: int = 1
+    batches: Any = None
+    inductive: bool = False
+    evaluation: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("clusters", "clusters_per_batch"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool) and hasattr(value, "__index__"):
+                object.__setattr__(self, name, operator.index(value))
+            if name == "clusters_per_batch" or value is not None:
+                _require_count(name, getattr(self, name))
+        _require_choice("evaluation", self.evaluation, EVALUATIONS)
+        if not isinstance(self.inductive, bool):
+            raise ConfigError("inductive must be True or False", got=repr(self.inductive))
+        if self.clusters is None and self.clusters_per_batch != 1:
+            raise ConfigError(
+                "clusters_per_batch needs clusters",
+                got=f"clusters_per_batch={self.clusters_per_batch}, clusters=None",
+                remedy="give clusters, the number of parts",
+            )
+        if self.clusters is not None and self.clusters_per_batch > self.clusters:
+            raise ConfigError(
+                "a batch cannot hold more clusters than there are",
+                got=f"clusters={self.clusters}, clusters_per_batch={self.clusters_per_batch}",
+            )
+        if self.clusters is not None and self.batches is not None:
+            raise ConfigError("give either clusters or batches, not both")
+
+
+def split_settings(settings: dict[str, Any], *kinds: Any) -> list[dict[str, Any]]:
+    """Keyword arguments, dealt to the config classes that know them.
+
+    Raises:
+        ConfigError: a name that none knows, with the closest known one.
+    """
+    known = [{entry.name for entry in fields(kind)} for kind in kinds]
+    names = sorted(set().union(*known))
+    for name in settings.keys() - set(names):
+        close = difflib.get_close_matches(name, names, n=1)
+        raise ConfigError(
+            f"unknown setting {name!r}",
+            expected=f"one of {', '.join(names)}",
+            remedy=f"did you mean {close[0]!r}?" if close else None,
+        )
+    return [{k: v for k, v in settings.items() if k in theirs} for theirs in known]
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(name: str, value: int | float | str) -> int:
+    """Bytes from a number or from text such as ``"8GiB"`` or ``"500 MB"``.
+
+    Raises:
+        ConfigError: it is neither, or not positive.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        number, unit = "", "?"
+    else:
+        match = re.fullmatch(r"\s*([0-9.eE+]+)\s*([a-zA-Z]*)\s*", str(value))
+        number, unit = match.groups() if match else ("", "?")
+    try:
+        count = int(float(number) * _UNITS[unit.lower()])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise ConfigError(
+            f"{name} must be a positive number of bytes",
+            got=repr(value),
+            expected="such as 8_000_000_000 or '8GiB'",
+        )
+    return count
 
 
 def learning_rate_factor(schedule: str | LearningRateSchedule, share: float) -> float:

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gist
 from gist.errors import DataError
 from gist.graph import datasets
-from gist.graph.adjacency import SparseMatrix
 from gist.graph.cards import list_cards, load_card
+from gist.graph.sparse import SparseMatrix
 
 Status = Literal["ok", "missing", "warning"]
 

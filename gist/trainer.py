@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gist import checkpoint
 from gist.batchnorm import recalibrate_batchnorm
 from gist.checkpoint import Checkpoint, save_tensors, write_atomically
-from gist.config import TrainConfig
+from gist.config import GraphConfig, TrainConfig, split_settings
 from gist.errors import CheckpointError, ConfigError, PartitionError
 from gist.execution.executor import make_executor
 from gist.execution.local import make_optimizer
@@ -401,7 +401,9 @@ class GISTTrainer(SubnetTrainer):
         model: A :mod:`gist.nn` model, a PyG ``GCN``, ``GraphSAGE``, ``GAT`` or ``GIN``, or any
             module of ``(x, edge_index)`` together with ``wiring``.
         data: A :class:`~gist.graph.data.GraphData`, or a PyG ``Data``.
-        **settings: ``wiring``, ``config``, and the attributes of
+        wiring: See :class:`SubnetTrainer`.
+        config: Settings of the training; or give them as keywords.
+        **settings: The attributes of :class:`~gist.config.GraphConfig` and
             :class:`~gist.config.TrainConfig`.
 
     Raises:
@@ -410,11 +412,22 @@ class GISTTrainer(SubnetTrainer):
         PartitionError: a model that cannot be partitioned.
     """
 
-    def __init__(self, model: nn.Module, data: GraphData | Any, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: GraphData | Any,
+        *,
+        wiring: Wiring | None = None,
+        config: TrainConfig | None = None,
+        **settings: Any,
+    ) -> None:
         if not isinstance(data, GraphData):
             data = GraphData.from_pyg(data)
         self.data = data
-        super().__init__(model, GraphObjective(data, _device_of(model)), **settings)
+        graph, training = split_settings(settings, GraphConfig, TrainConfig)
+        self.graph_config = GraphConfig(**graph)
+        objective = GraphObjective(data, _device_of(model), self.graph_config.batches)
+        super().__init__(model, objective, wiring=wiring, config=config, **training)
 
     @property
     def metric(self) -> str:

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from gist import doctor
 from gist.doctor import Check, Diagnosis, diagnose, render
-from gist.graph.adjacency import CSR
 from gist.graph.cards import load_card
+from gist.graph.sparse import CSR
 
 
 def find(name: str) -> Check:

@@ -71,7 +71,7 @@ def train_locally(
             group["lr"] = rate * factor
         optimizer.zero_grad(set_to_none=True)
         loss = objective.loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.sum().backward()  # type: ignore[no-untyped-call]
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()

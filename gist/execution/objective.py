@@ -19,7 +19,10 @@ class Objective(Protocol):
         """The ``steps`` batches of one subnet in one round; depends on the arguments alone."""
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The training loss of one batch, a differentiable scalar."""
+        """The training loss of one batch, differentiable: a scalar, or ``[m]`` of stacked subnets.
+
+        Stacked subnets put out ``[n, m, C]`` where one puts out ``[n, C]``.
+        """
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """``train_metric``, ``val_metric``, ``test_metric`` and ``val_loss`` of a model.

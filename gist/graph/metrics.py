@@ -39,16 +39,27 @@ def loss(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 
     Args:
         task: What kind of labels ``y`` holds.
-        logits: ``[N, C]`` raw model outputs; binary: ``[N, 1]`` or ``[N]``.
+        logits: ``[N, C]`` raw model outputs; binary: ``[N, 1]`` or ``[N]``. Of ``m`` stacked subnets:
+            ``[N, m, C]``.
         y: ``[N]`` class numbers (multiclass), ``[N]`` 0/1 (binary) or ``[N, C]`` 0/1 (multilabel).
 
     Returns:
-        A scalar, differentiable in ``logits``.
+        A scalar, differentiable in ``logits``; ``[m]``, one per subnet, for stacked ones.
 
     Raises:
         ConfigError: the task is unknown.
     """
     one_of("task", task, METRICS)
+    if logits.dim() == 3:
+        m = logits.size(1)
+        targets = y.reshape(len(y), 1, -1).expand(-1, m, -1)
+        if task == "multiclass":
+            each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        else:
+            each = F.binary_cross_entropy_with_logits(
+                logits, targets.to(logits.dtype), reduction="none"
+            ).mean(dim=2)
+        return each.view(len(y), m).mean(dim=0)
     if task == "multiclass":
         return F.cross_entropy(logits, y)
     return F.binary_cross_entropy_with_logits(logits.reshape(y.shape), y.to(logits.dtype))

@@ -1,4 +1,4 @@
-"""Full-graph training: the graph side of a run, as the trainer and the executors see it."""
+"""The graph side of a run, as the trainer and the executors see it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch_geometric.nn import GCNConv
 
 from gist.errors import DataError, PartitionError
 from gist.graph.adjacency import Adjacency
+from gist.graph.batch import BatchRecipe, FullGraph, GraphBatch
 from gist.graph.data import GraphData
 from gist.graph.metrics import compute_metric, is_defined, loss
 from gist.modes import keeps_modes
@@ -21,7 +22,7 @@ _SAMPLE_NODES = 48
 
 
 class GraphObjective:
-    """Every step sees the whole graph; the loss is over the training nodes.
+    """Batches of a graph, the loss over their targets, and metrics over the whole graph.
 
     A model is called as ``model(x, graph)``: with an :class:`Adjacency` where it says that it
     takes one (``accepts_adjacency = True``, as :mod:`gist.nn` does), else as PyG models are, with
@@ -31,37 +32,47 @@ class GraphObjective:
     Args:
         data: The graph.
         device: Where the model lives.
+        batches: What a step sees; the whole graph by default.
     """
 
-    steps_per_epoch = 1
-
-    def __init__(self, data: GraphData, device: torch.device) -> None:
+    def __init__(
+        self, data: GraphData, device: torch.device, batches: BatchRecipe | None = None
+    ) -> None:
         self.data = data.to(device)
-        self._train = self.data.train_mask.nonzero()[:, 0]
-        self._train_y = self.data.y[self._train]
+        self.source = (batches or FullGraph()).bind(self.data)
+        self._train_y = self.data.y[self.data.train_mask]
 
-    def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[GraphData]:
-        """The whole graph, ``steps`` times."""
-        for _ in range(steps):
-            yield self.data
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that make one pass over the training nodes."""
+        return self.source.steps_per_epoch
 
-    def loss(self, model: nn.Module, batch: GraphData) -> Tensor:
-        """Mean loss over the training nodes."""
-        scores = self.scores(model, batch.x, batch.adjacency)
-        return loss(batch.task, scores[self._train], self._train_y)
+    def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[GraphBatch]:
+        """The ``steps`` batches of one subnet in one round."""
+        return self.source.batches(seed=seed, round=round, subnet=subnet, steps=steps)
 
-    def scores(self, model: nn.Module, x: Tensor, graph: Adjacency) -> Tensor:
-        """The model's output for every node: ``[N, num_classes]``."""
+    def loss(self, model: nn.Module, batch: GraphBatch) -> Tensor:
+        """Mean loss over the targets: a scalar, or ``[m]`` for ``m`` stacked subnets."""
+        scores = self.scores(model, batch.x, batch.graph)
+        if batch.targets is not None:
+            scores = scores[batch.targets]
+        return loss(self.data.task, scores, batch.y)
+
+    def scores(
+        self, model: nn.Module, x: Tensor, graph: Adjacency | tuple[Adjacency, ...]
+    ) -> Tensor:
+        """The model's output for every node: ``[N, num_classes]``; stacked ``[N, m, C]``."""
         args, kwargs = self.inputs(model, x, graph)
         out: Tensor = model(*args, **kwargs)
         return out
 
     def inputs(
-        self, model: nn.Module, x: Tensor, graph: Adjacency
+        self, model: nn.Module, x: Tensor, graph: Adjacency | tuple[Adjacency, ...]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the model's forward pass."""
         if getattr(model, "accepts_adjacency", False):
             return (x, graph), {}
+        assert isinstance(graph, Adjacency), "only models that accept an Adjacency sample layers"
         weight = graph.edge_weight
         if weight is not None and "edge_weight" in inspect.signature(model.forward).parameters:
             return (x, graph.edge_index), {"edge_weight": weight}

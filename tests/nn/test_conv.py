@@ -15,7 +15,7 @@ from torch import Tensor
 import gist.nn
 from gist import Adjacency
 from gist.errors import DataError
-from gist.graph.adjacency import SparseMatrix
+from gist.graph.sparse import SparseMatrix
 
 Case = tuple[int, Tensor, Tensor | None, int]
 
