@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from gist.batchnorm import recalibrate_batchnorm
 from gist.checkpoint import Checkpoint, save_tensors, write_atomically
 from gist.config import GraphConfig, TrainConfig, split_settings
 from gist.errors import CheckpointError, ConfigError, PartitionError
-from gist.execution.executor import make_executor
+from gist.execution.auto import AutoExecutor
 from gist.execution.local import make_optimizer
+from gist.execution.make import make_executor
 from gist.execution.memory import PeakMemory
 from gist.execution.objective import Objective
 from gist.graph.data import GraphData
@@ -28,11 +30,11 @@ from gist.history import RoundRecord, TrainResult, write_history
 from gist.modes import keeps_modes
 from gist.partition.assignment import Assignment
 from gist.partition.spec import PartitionSpec, model_tensors
-from gist.partition.subnet import held_entries
+from gist.partition.transfer import held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import RoundPlan, plan_rounds
 from gist.progress import RoundProgress
-from gist.verify import verify_wiring
+from gist.verify import verify_grouping, verify_wiring
 
 _FREE_ON_RESUME = ("out", "callbacks", "progress", "checkpoint_every", "early_stopping")
 
@@ -89,7 +91,16 @@ class SubnetTrainer:
             model, inputs, keywords, wiring=wiring, seed=self.config.seed
         )
         make_optimizer(self.config, model.parameters())  # refuses one that cannot be made
-        self.executor = make_executor(model, self.spec, objective, self.config)
+        self.executor = make_executor(
+            model,
+            self.spec,
+            objective,
+            self.config,
+            check_grouping=lambda: verify_grouping(
+                model, objective.sample_inputs, wiring=wiring, seed=self.config.seed
+            ),
+            say=self._say,
+        )
         if self.config.out is not None:
             _make_folder(Path(self.config.out))
         self.history: list[RoundRecord] = []
@@ -226,6 +237,10 @@ class SubnetTrainer:
                 name: tensor.detach().clone() for name, tensor in model_tensors(self.model).items()
             }
 
+    def _say(self, text: str) -> None:
+        if self.config.progress is not False:
+            print(f"gist: {text}", file=sys.stderr)
+
     def _is_stale(self) -> bool:
         patience = self.config.early_stopping
         if patience is None or self.best is None:
@@ -279,7 +294,8 @@ class SubnetTrainer:
         """
         folder = Path(folder)
         save_tensors(folder / "model.safetensors", model_tensors(self.model))
-        write_atomically(folder / "config.json", json.dumps(self.describe(), indent=1))
+        picked = {"executor": self.executor.name, "executor_choices": self.executor_choices}
+        write_atomically(folder / "config.json", json.dumps(self.describe() | picked, indent=1))
         write_history(folder / "history.jsonl", self.history)
         if self.result is not None:
             write_atomically(folder / "result.json", json.dumps(self.result.to_json(), indent=1))
@@ -306,11 +322,15 @@ class SubnetTrainer:
             },
             "tensors": {n: [str(t.dtype), *t.shape] for n, t in model_tensors(self.model).items()},
             "metric": self.metric,
-            "executor": self.executor.name,
             "groups": self.spec.sizes,
             "settings": self.config.to_json(),
             "data": self.objective.fingerprint(),
         }
+
+    @property
+    def executor_choices(self) -> dict[str, Any]:
+        """What ``executor="auto"`` picked so far, by number of subnets, and what it measured."""
+        return self.executor.choices if isinstance(self.executor, AutoExecutor) else {}
 
     def save_checkpoint(self) -> Path:
         """Writes a checkpoint below ``config.out``.
@@ -327,6 +347,7 @@ class SubnetTrainer:
             "run": self.describe(),
             "history": [asdict(record) for record in self.history],
             "best_round": None if self.best is None else self.best.round,
+            "executor_choices": self.executor_choices,
         }
         return checkpoint.save_checkpoint(
             Path(self.config.out) / "checkpoints",
@@ -358,6 +379,8 @@ class SubnetTrainer:
         self._load(found.tensors["model"])
         self._best_tensors = found.tensors["best"]
         self.executor.load_state_dict(found.tensors.get("executor", {}))
+        if isinstance(self.executor, AutoExecutor):
+            self.executor.restore_choices(found.state["executor_choices"])
         self.history = [RoundRecord(**record) for record in found.state["history"]]
         best = found.state["best_round"]
         self.best = None if best is None else self.history[best]

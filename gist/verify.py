@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,19 +11,14 @@ from torch import Tensor, nn
 
 from gist.errors import PartitionError
 from gist.partition.assignment import Assignment
+from gist.partition.grouped.grouping import NotGroupableError
+from gist.partition.grouped.model import group_model
 from gist.partition.rules.registry import rule_of, without_caches
 from gist.partition.samplers import DisjointUniform
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.streams import seeded
-from gist.partition.subnet import (
-    Absent,
-    Selection,
-    build_subnet,
-    extract,
-    gather,
-    merge,
-    scatter_,
-)
+from gist.partition.subnet import Absent, build_subnet
+from gist.partition.transfer import Selection, extract, gather, merge, scatter_
 from gist.partition.wiring import Wiring, partition_spec
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -158,6 +153,77 @@ def verify_wiring(
                     )
                 worst = max(worst, difference)
     return worst
+
+
+def verify_grouping(
+    model: nn.Module,
+    sample: Callable[[nn.Module], tuple[Any, Mapping[str, Any]]],
+    *,
+    wiring: Wiring | None = None,
+    seed: int = 0,
+) -> float:
+    """Refuses a model whose subnets do not compute side by side what they compute alone.
+
+    Two subnets of one shape are run alone and as one grouped model, in evaluation mode; the grouped
+    one takes a training step as well. Works on a perturbed copy, narrowed where it is large.
+
+    Args:
+        model: The model; left as it is.
+        sample: Gives positional arguments and keywords of a model's forward pass.
+        wiring: See :func:`~gist.partition.wiring.partition_spec`.
+        seed: Seed of the perturbation and of the two subnets.
+
+    Returns:
+        The largest relative difference seen.
+
+    Raises:
+        NotGroupableError: a layer has no grouped form, or the grouped model cannot run, or puts
+            out something else.
+    """
+    with seeded("verify grouping", seed), without_caches(model):
+        trial = _trial_model(model, partition_spec(model, wiring), seed)
+        spec = partition_spec(trial, wiring)
+        _perturb(trial)
+        held = {
+            group: tuple(torch.randperm(size)[: max(1, size // 2)].sort().values for _ in range(2))
+            for group, size in spec.sizes.items()
+        }
+        assignment = Assignment(round=0, sizes=spec.sizes, held=held)
+        alone = [
+            build_subnet(trial, spec, assignment, i, width_correction=False).eval() for i in (0, 1)
+        ]
+        grouped = group_model(alone[0], spec, {}, 2).eval()
+        with torch.no_grad():
+            for name, tensor in model_tensors(grouped).items():
+                for i, narrow in enumerate(alone):
+                    tensor[i].copy_(model_tensors(narrow)[name])
+        inputs, keywords = sample(alone[0])
+        expected = torch.stack([narrow(*inputs, **keywords) for narrow in alone], dim=1).detach()
+        inputs, keywords = sample(grouped)
+        try:
+            got: Tensor = grouped(*inputs, **keywords).detach()
+            grouped.train()(*inputs, **keywords).sum().backward()
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise NotGroupableError(
+                f"{type(model).__name__} cannot run on features [n, m, k] of m subnets",
+                got=str(error).splitlines()[0],
+                remedy="use executor='serial'",
+            ) from error
+    if got.shape != expected.shape:
+        raise NotGroupableError(
+            f"{type(model).__name__} does not keep subnets apart",
+            got=tuple(got.shape),
+            expected=tuple(expected.shape),
+        )
+    scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    difference = float((got - expected).abs().max() / scale)
+    if not difference <= _TOLERANCE.get(expected.dtype, 3e-2):
+        raise NotGroupableError(
+            f"{type(model).__name__} does not compute side by side what its subnets compute alone",
+            got=f"relative difference {difference:.2g}",
+            remedy="use executor='serial'",
+        )
+    return difference
 
 
 def verify_identity(model: nn.Module, spec: PartitionSpec, assignment: Assignment) -> None:

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from gist.config import TrainConfig
-from gist.execution.objective import Objective
 from gist.partition.assignment import Assignment
-from gist.partition.spec import PartitionSpec
 from gist.plan import RoundPlan
 
 
@@ -37,7 +34,7 @@ class Executor(Protocol):
 
     @property
     def name(self) -> str:
-        """As the setting ``executor`` names it."""
+        """As the setting ``executor`` names it; what was picked, where it was left to measure."""
 
     def run_round(self, plan: RoundPlan, assignment: Assignment) -> RoundReport:
         """Extracts, trains and merges every subnet of one round."""
@@ -47,12 +44,3 @@ class Executor(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes what :meth:`state_dict` gave."""
-
-
-def make_executor(
-    model: nn.Module, spec: PartitionSpec, objective: Objective, config: TrainConfig
-) -> Executor:
-    """The executor that ``config.executor`` asks for; ``"auto"`` is the serial one."""
-    from gist.execution.serial import SerialExecutor
-
-    return SerialExecutor(model, spec, objective, config)

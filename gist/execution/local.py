@@ -1,18 +1,20 @@
-"""The local steps of one subnet (GIST, Algorithm 1: ``subTrain``)."""
+"""The local steps of a subnet, or of several at once (GIST, Algorithm 1: ``subTrain``)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from gist.config import TrainConfig
-from gist.errors import ConfigError, DivergedError
+from gist.errors import ConfigError
 from gist.execution.objective import Objective
+
+if TYPE_CHECKING:
+    from gist.execution.program import Program
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -40,47 +42,73 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> O
     return (Adam if config.optimizer == "adam" else AdamW)(wanted, **settings)
 
 
+ELEMENTWISE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.SGD,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+)
+"""Optimisers that update every entry on its own, so that stacking subnets changes nothing."""
+
+
 def train_locally(
-    model: nn.Module,
-    optimizer: Optimizer,
+    program: Program,
     objective: Objective,
     batches: Iterable[Any],
     rate_factors: Iterable[float],
-    clip_norm: float | None,
-) -> float:
-    """Runs one optimiser step per batch.
+    config: TrainConfig,
+) -> Tensor:
+    """Runs one optimiser step per batch, for one subnet or for several side by side.
 
     Args:
-        model: The subnet, in training mode.
-        optimizer: Its optimiser; the rates it has now are the base rates.
+        program: What is trained.
         objective: Gives the loss.
         batches: One per step.
         rate_factors: Factor on the base rates, one per step.
-        clip_norm: Largest gradient norm, or None.
+        config: Gradient clipping and precision.
 
     Returns:
-        The mean training loss over the steps.
-
-    Raises:
-        DivergedError: the loss is not finite.
+        The training loss of every step and subnet: ``[steps, program.size]``.
     """
+    optimizer = program.optimizer
     base = [group["lr"] for group in optimizer.param_groups]
+    device = next(program.module.parameters()).device.type
+    autocast = torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
     losses: list[Tensor] = []
-    for batch, factor in zip(batches, rate_factors, strict=True):
+    try:
+        for batch, factor in zip(batches, rate_factors, strict=True):
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * factor
+            optimizer.zero_grad(set_to_none=True)
+            with autocast:
+                loss = objective.loss(program.call, batch)
+            loss.sum().backward()  # type: ignore[no-untyped-call]
+            if config.clip_norm is not None:
+                _clip(program, config.clip_norm)
+            optimizer.step()
+            losses.append(loss.detach().reshape(-1))
+    finally:
         for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        loss = objective.loss(model, batch)
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        optimizer.step()
-        losses.append(loss.detach())
-    mean = float(torch.stack(losses).mean())
-    if not math.isfinite(mean):
-        raise DivergedError(
-            "the training loss is no longer finite",
-            got=[float(loss) for loss in losses][-5:],
-            remedy="lower lr, set clip_norm, or use a model with normalisation",
-        )
-    return mean
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def _clip(program: Program, most: float) -> None:
+    """Scales the gradient of each subnet down to a norm of at most ``most``."""
+    if not program.grouped:
+        nn.utils.clip_grad_norm_(program.module.parameters(), most)
+        return
+    grads = [p.grad for p in program.parameters.values() if p.grad is not None]
+    squares = torch.stack([grad.flatten(1).square().sum(dim=1) for grad in grads]).sum(dim=0)
+    factors = (most / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))

@@ -39,8 +39,8 @@ def loss(task: Task, logits: Tensor, y: Tensor) -> Tensor:
 
     Args:
         task: What kind of labels ``y`` holds.
-        logits: ``[N, C]`` raw model outputs; binary: ``[N, 1]`` or ``[N]``. Of ``m`` stacked subnets:
-            ``[N, m, C]``.
+        logits: ``[N, C]`` raw model outputs; binary: ``[N, 1]`` or ``[N]``; of ``m`` stacked
+            subnets ``[N, m, C]``.
         y: ``[N]`` class numbers (multiclass), ``[N]`` 0/1 (binary) or ``[N, C]`` 0/1 (multilabel).
 
     Returns:

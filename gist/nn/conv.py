@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from gist.errors import DataError
 from gist.graph.adjacency import Adjacency
 from gist.partition.builder import Layer
+from gist.partition.grouped.grouping import Grouping
+from gist.partition.grouped.pyg import GroupedSAGEConcatConv
 from gist.partition.rules.pyg import GCNConvRule, SAGEConvRule
 from gist.partition.rules.registry import Rule, register_rule
 from gist.partition.spec import Axis
@@ -154,3 +156,7 @@ class SAGEConcatConvRule(Rule):
         linear = module.lin
         linear.out_features, linear.in_features = linear.weight.shape
         module.out_channels, module.in_channels = linear.out_features, linear.in_features // 2
+
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return GroupedSAGEConcatConv(module, grouping)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gist.errors import ConfigError
 from gist.partition.assignment import Assignment
 from gist.partition.spec import PartitionSpec
-from gist.partition.subnet import extract, merge
+from gist.partition.transfer import extract, merge
 
 State = dict[str, dict[str, Any]]
 """Optimiser state of one subnet: parameter name -> key (``exp_avg``, ``step``, …) -> value."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -33,6 +34,30 @@ def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None
             with torch.cuda.device(each):
                 torch.cuda.manual_seed(stream_seed(*key))
         yield
+
+
+_EACH: ContextVar[tuple[torch.Generator, ...]] = ContextVar("generators of stacked subnets")
+
+
+@contextmanager
+def seeded_each(*keys: tuple[int | str, ...], device: torch.device) -> Iterator[None]:
+    """One stream per stacked subnet, for layers that draw apart for each, as dropout does.
+
+    :func:`each_generator` gives them: in the state that :func:`seeded` with the same key gives the
+    global generator. What draws from the global generator nevertheless has a stream of its own.
+    """
+    generators = tuple(torch.Generator(device).manual_seed(stream_seed(*key)) for key in keys)
+    token = _EACH.set(generators)
+    try:
+        with seeded("stacked", *(part for key in keys for part in key), device=device):
+            yield
+    finally:
+        _EACH.reset(token)
+
+
+def each_generator() -> tuple[torch.Generator, ...] | None:
+    """The generators of the stacked subnets that are being trained; None outside of that."""
+    return _EACH.get(None)
 
 
 def stream(*key: int | str) -> torch.Generator:

@@ -17,7 +17,8 @@ from gist.errors import PartitionError
 from gist.partition.assignment import Assignment
 from gist.partition.samplers import DisjointUniform
 from gist.partition.spec import PartitionSpec, model_tensors
-from gist.partition.subnet import build_subnet, extract
+from gist.partition.subnet import build_subnet
+from gist.partition.transfer import extract
 
 NODES = 12
 

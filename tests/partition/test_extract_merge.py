@@ -16,7 +16,7 @@ from gist.partition.assignment import Assignment
 from gist.partition.index_map import IndexMap
 from gist.partition.samplers import Bernoulli, Categorical, DisjointUniform, Overlapping
 from gist.partition.spec import ParamLayout, PartitionSpec, Slot, UnitGroup
-from gist.partition.subnet import Selection, extract, gather, merge, scatter_
+from gist.partition.transfer import Selection, extract, gather, merge, scatter_
 
 SAMPLERS = [
     DisjointUniform(),

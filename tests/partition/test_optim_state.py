@@ -12,7 +12,8 @@ from gist.partition.assignment import Assignment
 from gist.partition.optim_state import CarriedState
 from gist.partition.samplers import Overlapping
 from gist.partition.spec import model_tensors
-from gist.partition.subnet import build_subnet, merge
+from gist.partition.subnet import build_subnet
+from gist.partition.transfer import merge
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),

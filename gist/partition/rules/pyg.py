@@ -11,6 +11,14 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from gist.errors import PartitionError
 from gist.partition.builder import Layer, SpecBuilder
+from gist.partition.grouped.grouping import Grouping
+from gist.partition.grouped.layers import GroupedLayerNorm, GroupedLinear
+from gist.partition.grouped.pyg import (
+    GroupedAttentionConv,
+    GroupedGCNConv,
+    GroupedGINConv,
+    GroupedSAGEConv,
+)
 from gist.partition.rules.registry import Rule, register_rule
 from gist.partition.rules.torch import LayerNormRule, connect_chain
 from gist.partition.spec import Axis
@@ -52,6 +60,10 @@ class LinearRule(Rule):
         """See :meth:`Rule.resize`."""
         module.out_channels, module.in_channels = module.weight.shape
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return GroupedLinear(module, grouping)
+
 
 class _ConvRule(Rule):
     """What PyG's convolutions share: they sum over input features and know their widths."""
@@ -81,6 +93,10 @@ class GCNConvRule(_ConvRule):
         layer.follow("bias", (0, out))
         return out
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return GroupedGCNConv(module, grouping)
+
 
 @register_rule(pyg.SAGEConv)
 class SAGEConvRule(_ConvRule):
@@ -105,6 +121,10 @@ class SAGEConvRule(_ConvRule):
         if conv.root_weight:
             layer.follow("lin_r.weight", (0, out), (1, inp))
         return out
+
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return GroupedSAGEConv(module, grouping)
 
 
 class _AttentionRule(_ConvRule):
@@ -162,6 +182,12 @@ class _AttentionRule(_ConvRule):
         super().resize(module, input, None)
         _, module.heads, module.out_channels = getattr(module, self.attention[0]).shape
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        if module.lin_edge is not None:
+            return None
+        return GroupedAttentionConv(module, grouping, self.projections, self.attention)
+
     def masked(self, module: Any, narrowed: Any, held: Tensor | None) -> nn.Module | None:
         """See :meth:`Rule.masked`: averaged heads are averaged over those held."""
         if module.concat or narrowed.heads == module.heads:
@@ -217,6 +243,10 @@ class GINConvRule(Rule):
         layer.follow("eps")
         return layer.child("nn", layer.input, produces=layer.is_partitioned)
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return GroupedGINConv(module, grouping)
+
 
 @register_rule(MLP)
 class MLPRule(Rule):
@@ -243,6 +273,10 @@ class MLPRule(Rule):
         widths = [linear.weight.shape for linear in module.lins]
         module.channel_list = [widths[0][1], *(width[0] for width in widths)]
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return grouping.children(module)
+
 
 @register_rule(pyg.BatchNorm)
 class BatchNormRule(Rule):
@@ -258,6 +292,10 @@ class BatchNormRule(Rule):
         """See :meth:`Rule.resize`."""
         if input is not None:
             module.in_channels = input
+
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return grouping.children(module)
 
 
 @register_rule(pyg.LayerNorm)
@@ -275,6 +313,12 @@ class PyGLayerNormRule(LayerNormRule):
         """See :meth:`Rule.resize`."""
         if input is not None:
             module.in_channels = input
+
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        if module.mode != "node":
+            return None  # "graph": over the nodes too
+        return GroupedLayerNorm(module, module.in_channels, grouping)
 
 
 def wire_basic_gnn(model: BasicGNN, builder: SpecBuilder) -> None:

@@ -14,14 +14,16 @@ from gist.partition.spec import Axis
 
 if TYPE_CHECKING:
     from gist.partition.builder import Layer
+    from gist.partition.grouped.grouping import Grouping
 
 
 class Rule(ABC):
     """How one layer type follows its units. Subclass, and register with :func:`register_rule`.
 
     A rule is stateless. The forms of a layer that it describes are the whole one (the module as it
-    is), the narrowed one (in a subnet) and, for layers that mix units, the masked one (the whole
-    layer with units switched off: what :mod:`gist.verify` compares a subnet with).
+    is), the narrowed one (in a subnet), the grouped one (in m subnets side by side) and, for layers
+    that mix units, the masked one (the whole layer with units switched off: what
+    :mod:`gist.verify` compares a subnet with).
     """
 
     contracts: bool = False
@@ -55,6 +57,21 @@ class Rule(ABC):
             input: Narrowed number of input features; None where these are whole.
             output: Narrowed number of output features; None where these are whole.
         """
+
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """m copies of a narrowed layer as one, for features ``[n, m, k]``.
+
+        Args:
+            module: The layer as one subnet holds it; may be changed and returned.
+            grouping: Gives the grouped form of its tensors and submodules
+                (:class:`~gist.partition.grouped.grouping.Grouping`).
+
+        Returns:
+            A layer whose tensors are named as those of ``module``, with a leading dim ``m``; it
+            takes features ``[n, m, k]``, or ``[n, k]`` where all subnets share them. None where
+            there is no such form: subnets then run one after the other.
+        """
+        return None
 
     def masked(self, module: Any, narrowed: Any, held: Tensor | None) -> nn.Module | None:
         """The whole layer with units off, where zeroing idle entries does not say it.

@@ -9,6 +9,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gist.partition.builder import Layer
+from gist.partition.grouped.grouping import Grouping
+from gist.partition.grouped.layers import (
+    GroupedBatchNorm,
+    GroupedDropout,
+    GroupedEmbedding,
+    GroupedLayerNorm,
+    GroupedLinear,
+    GroupedPReLU,
+)
 from gist.partition.rules.registry import Rule, register_rule, rule_of
 from gist.partition.spec import Axis
 
@@ -60,6 +69,10 @@ class LinearRule(Rule):
         """See :meth:`Rule.resize`."""
         module.out_features, module.in_features = module.weight.shape
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return GroupedLinear(module, grouping)
+
 
 @register_rule(nn.Conv2d)
 class Conv2dRule(Rule):
@@ -102,6 +115,12 @@ class BatchNormRule(Rule):
         if input is not None:
             module.num_features = input
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        if isinstance(module, nn.BatchNorm2d):
+            return None
+        return GroupedBatchNorm(module, grouping)
+
 
 @register_rule(nn.LayerNorm)
 class LayerNormRule(Rule):
@@ -123,6 +142,10 @@ class LayerNormRule(Rule):
         """See :meth:`Rule.resize`."""
         if input is not None:
             module.normalized_shape = (input,)
+
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return GroupedLayerNorm(module, module.normalized_shape[0], grouping)
 
     def masked(self, module: Any, narrowed: Any, held: Tensor | None) -> nn.Module | None:
         """See :meth:`Rule.masked`: statistics are taken over the held features alone."""
@@ -149,6 +172,23 @@ class EmbeddingRule(Rule):
     def resize(self, module: Any, input: int | None, output: int | None) -> None:
         """See :meth:`Rule.resize`."""
         module.embedding_dim = module.weight.size(1)
+
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        if module.sparse or module.scale_grad_by_freq:
+            return None
+        return GroupedEmbedding(module, grouping)
+
+
+_MIX_DIMS = (
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+"""Layers that tell one dim of their input from another, so that they would see subnets as one."""
 
 
 @register_rule(
@@ -185,6 +225,12 @@ class ElementwiseRule(Rule):
         """See :meth:`Rule.connect`."""
         return layer.input
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        if isinstance(module, nn.Dropout):
+            return GroupedDropout(module, grouping)
+        return None if isinstance(module, _MIX_DIMS) else module
+
 
 @register_rule(nn.PReLU)
 class PReLURule(Rule):
@@ -200,6 +246,10 @@ class PReLURule(Rule):
         """See :meth:`Rule.resize`."""
         module.num_parameters = module.weight.numel()
 
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return GroupedPReLU(module, grouping)
+
 
 @register_rule(nn.Sequential)
 class SequentialRule(Rule):
@@ -212,6 +262,10 @@ class SequentialRule(Rule):
     def connect(self, layer: Layer) -> Axis | None:
         """See :meth:`Rule.connect`."""
         return connect_chain(layer, [name for name, _ in layer.module.named_children()])
+
+    def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
+        """See :meth:`Rule.grouped`."""
+        return grouping.children(module)
 
 
 def connect_chain(layer: Layer, names: list[str]) -> Axis | None:

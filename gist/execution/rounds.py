@@ -1,0 +1,191 @@
+"""One round on one device: load subnets, train them, save them."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gist.config import TrainConfig
+from gist.errors import DivergedError
+from gist.execution.executor import RoundReport
+from gist.execution.local import train_locally
+from gist.execution.objective import Objective
+from gist.execution.program import Program
+from gist.execution.store import MemoryStore, Store
+from gist.partition.assignment import Assignment
+from gist.partition.optim_state import CarriedState, State
+from gist.partition.spec import PartitionSpec, model_tensors
+from gist.partition.streams import seeded, seeded_each
+from gist.plan import RoundPlan
+
+_KEPT_PROGRAMS = 16
+"""Programs that are kept for reuse; samplers with random sizes give ever new shapes."""
+
+
+class RoundExecutor(ABC):
+    """Runs the subnets of a round on the model's own device; subclasses say how many at once.
+
+    Subnets of equal shape share one program, whose tensors are refilled in place: no model and no
+    optimiser is rebuilt between rounds.
+
+    Args:
+        model: The global model.
+        spec: Its partition spec.
+        objective: Batches and loss.
+        config: Run settings.
+        store: Where the global parameters live; the model itself by default.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: PartitionSpec,
+        objective: Objective,
+        config: TrainConfig,
+        store: Store | None = None,
+    ) -> None:
+        self.model, self.spec, self.objective, self.config = model, spec, objective, config
+        self.store = store or MemoryStore(model, spec)
+        self.tensors = model_tensors(model)
+        self.device = next(model.parameters()).device
+        self.carried: CarriedState | None = None
+        if config.optimizer_state == "carry":
+            self.carried = CarriedState(spec, dict(model.named_parameters()))
+        self._programs: dict[Hashable, Program] = {}
+
+    @abstractmethod
+    def chunks(self, assignment: Assignment) -> list[range]:
+        """The subnets of a round, in order, those that are trained at once together."""
+
+    @abstractmethod
+    def build(self, assignment: Assignment, subnets: range) -> Program:
+        """The program that trains these subnets, its tensors not yet filled."""
+
+    def run_round(self, plan: RoundPlan, assignment: Assignment) -> RoundReport:
+        """Loads, trains and saves every subnet of one round.
+
+        Raises:
+            DivergedError: a subnet's loss is not finite; names the round and the subnet.
+        """
+        repartition = 0.0
+        losses: list[Tensor] = []
+        states: list[State] = []
+        start = time.perf_counter()
+        transfer = self.store.open(assignment)
+        for subnets in self.chunks(assignment):
+            program = self._program(assignment, subnets)
+            transfer.load(subnets, program.tensors)
+            self._restart(program, assignment, subnets)
+            repartition += time.perf_counter() - start
+            losses.append(self._train(program, plan, subnets))
+            start = time.perf_counter()
+            for place in range(len(subnets)):
+                transfer.save(program.part(place))
+                if self.carried is not None:
+                    states.append(program.state(place))
+        transfer.finish()
+        if self.carried is not None:
+            self.carried.merge(assignment, states)
+        repartition += time.perf_counter() - start
+        loss = float(torch.cat(losses).mean())
+        return RoundReport(train_loss=loss, repartition_seconds=repartition)
+
+    def trial_seconds(self, plan: RoundPlan, assignment: Assignment, steps: int = 3) -> float:
+        """Seconds that one step of every subnet takes: the fastest of a few, which leave no trace.
+
+        Only the first program of the round is tried, and the others are taken to be like it.
+        """
+        chunks = self.chunks(assignment)
+        program = self._program(assignment, chunks[0])
+        self.store.open(assignment).load(chunks[0], program.tensors)
+        self._restart(program, assignment, chunks[0])
+        best, spent = float("inf"), 0.0
+        for _ in range(steps):
+            start = time.perf_counter()
+            with self._streams(plan, chunks[0]):
+                batches = self._batches(plan, chunks[0], steps=1)
+                train_locally(program, self.objective, batches, [1.0], self.config)
+            seconds = time.perf_counter() - start
+            best, spent = min(best, seconds), spent + seconds
+            if spent > 5.0:
+                break
+        return best * assignment.num_subnets / len(chunks[0])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The carried optimiser state; empty where it is reset."""
+        return {} if self.carried is None else self.carried.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        if self.carried is not None:
+            self.carried.load_state_dict(state)
+
+    def release(self) -> None:
+        """Frees the programs that are kept for reuse."""
+        self._programs.clear()
+
+    def _program(self, assignment: Assignment, subnets: range) -> Program:
+        shape = (len(subnets), shape_of(self.spec, assignment, subnets[0]))
+        if shape not in self._programs:
+            if len(self._programs) >= _KEPT_PROGRAMS:
+                self._programs.pop(next(iter(self._programs)))
+            self._programs[shape] = self.build(assignment, subnets)
+        return self._programs[shape]
+
+    def _restart(self, program: Program, assignment: Assignment, subnets: Sequence[int]) -> None:
+        states = None
+        if self.carried is not None:
+            states = [self.carried.cut(assignment, subnet) for subnet in subnets]
+        program.restart(self.tensors, states)
+
+    def _streams(self, plan: RoundPlan, subnets: range) -> AbstractContextManager[None]:
+        keys = [("train", self.config.seed, plan.index, subnet) for subnet in subnets]
+        if len(keys) == 1:
+            return seeded(*keys[0], device=self.device)
+        return seeded_each(*keys, device=self.device)
+
+    def _batches(self, plan: RoundPlan, subnets: range, steps: int) -> Iterable[Any]:
+        shared = self.config.shared_batches
+        if shared is None:
+            shared = self.config.executor != "serial"
+        return self.objective.batches(
+            seed=self.config.seed,
+            round=plan.index,
+            subnet=0 if shared else subnets[0],
+            steps=steps,
+        )
+
+    def _train(self, program: Program, plan: RoundPlan, subnets: range) -> Tensor:
+        """Mean loss of each subnet: ``[len(subnets)]``."""
+        with self._streams(plan, subnets):
+            batches = self._batches(plan, subnets, plan.local_steps)
+            losses = train_locally(program, self.objective, batches, plan.rate_factors, self.config)
+        mean = losses.mean(dim=0)
+        diverged = (~torch.isfinite(mean)).nonzero()
+        if len(diverged):
+            place = int(diverged[0])
+            raise DivergedError(
+                f"round {plan.index}, subnet {subnets[place]}: "
+                "the training loss is no longer finite",
+                got=losses[-5:, place].tolist(),
+                remedy="lower lr, set clip_norm, or use a model with normalisation",
+            )
+        return mean
+
+
+def shape_of(spec: PartitionSpec, assignment: Assignment, subnet: int) -> Hashable:
+    """What must be equal for two subnets to share a program: their widths, and absent modules."""
+    absent = [
+        path
+        for path, (group, unit) in spec.blocks.items()
+        if subnet not in assignment.holders(group, unit)
+    ]
+    return (*sorted(assignment.widths(subnet).items()), *absent)

@@ -1,0 +1,1 @@
+"""The grouped form of layers: m subnets side by side, as one."""
