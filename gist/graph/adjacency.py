@@ -1,25 +1,86 @@
 """The edges of one graph, and the normalised matrices that graph layers multiply with.
 
-Shape legend: ``N`` nodes, ``E`` stored entries, ``d`` feature columns.
+Shape legend: ``N`` nodes, ``T`` targets among them (all, unless a layer's sources are more than its
+targets), ``E`` stored edges, ``d`` feature columns.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
-from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 from gist.errors import DataError
-from gist.graph.sparse import SparseMatrix, sparse_if_worth_it
+from gist.graph.sparse import CSR, SparseMatrix, sparse_if_worth_it
 
-Form = Literal["identity", "gcn", "mean"]
+Form = Literal["identity", "gcn", "mean", "sum"]
+"""A matrix that features are multiplied with: see :meth:`Adjacency.propagate`."""
+
+NodeScale = Callable[[Form, torch.dtype], Tensor]
+"""For a form and a dtype, the factor ``[T]`` of each node; see :meth:`Adjacency.node_scale`."""
+
+
+class Rows(NamedTuple):
+    """The edges that each node receives, in compressed rows.
+
+    Attributes:
+        indptr: ``[T + 1]``: the edges of target ``i`` are ``indptr[i]`` to ``indptr[i + 1]``.
+        indices: ``[E]`` sources; of the dtype of ``indptr``: int32 where that suffices.
+        weight: ``[E]``, or None for an unweighted graph.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    weight: Tensor | None
+
+    def counts(self) -> Tensor:
+        """``[T]``: edges that each target receives."""
+        return self.indptr.diff()
+
+    def take(self, rows: Tensor) -> Rows:
+        """The given rows ``[k]``, in the given order, with all their edges."""
+        counts = self.counts().index_select(0, rows)
+        indptr = offsets(counts)
+        shift = self.indptr.index_select(0, rows) - indptr[:-1]
+        total = int(indptr[-1])
+        entries = torch.arange(total, dtype=indptr.dtype, device=indptr.device)
+        entries += shift.repeat_interleave(counts, output_size=total)
+        weight = None if self.weight is None else self.weight.index_select(0, entries)
+        return Rows(indptr, self.indices.index_select(0, entries), weight)
+
+    def keep(self, kept: Tensor) -> Rows:
+        """The same rows without the edges for which ``kept`` [E] is False."""
+        before = torch.zeros(kept.numel() + 1, dtype=self.indptr.dtype, device=kept.device)
+        torch.cumsum(kept, 0, dtype=before.dtype, out=before[1:])
+        chosen = true_positions(kept)
+        weight = None if self.weight is None else self.weight.index_select(0, chosen)
+        indptr = before.index_select(0, self.indptr)
+        return Rows(indptr, self.indices.index_select(0, chosen), weight)
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on ``device``."""
+        return Rows(*(None if t is None else t.to(device) for t in self))  # type: ignore[arg-type]
+
+
+def offsets(counts: Tensor) -> Tensor:
+    """``[0, counts[0], counts[0] + counts[1], ...]``: where rows of these lengths start and end."""
+    out = torch.zeros(counts.numel() + 1, dtype=counts.dtype, device=counts.device)
+    torch.cumsum(counts, 0, dtype=counts.dtype, out=out[1:])
+    return out
+
+
+def true_positions(mask: Tensor) -> Tensor:
+    """``mask.nonzero()`` of a vector ``[n]``, flat; numpy is several times faster on the CPU."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero()[:, 0]
 
 
 class Adjacency:
@@ -71,50 +132,163 @@ class Adjacency:
                 )
         self.edge_index = edge_index.long()
         self.edge_weight = edge_weight
-        self.num_nodes = int(num_nodes)
+        self._start(int(num_nodes), int(num_nodes), edge_index.size(1))
+
+    def _start(self, targets: int, nodes: int, edges: int) -> None:
+        self.num_targets, self.num_nodes, self.num_edges = targets, nodes, edges
         self._constants: Any = WeakIdKeyDictionary()
-        self._matrices: dict[tuple[str, torch.dtype], SparseMatrix] = {}
+        self._matrices: dict[tuple[Form, torch.dtype], SparseMatrix] = {}
+        self._scale: NodeScale | None = None
+
+    @classmethod
+    def from_csr(
+        cls,
+        indptr: Tensor,
+        indices: Tensor,
+        weight: Tensor | None = None,
+        *,
+        num_nodes: int | None = None,
+        part_of: Adjacency | None = None,
+        node_scale: NodeScale | None = None,
+    ) -> Adjacency:
+        """A graph whose compressed rows are known: nothing is sorted, copied or checked.
+
+        Args:
+            indptr: ``[T + 1]`` int32 or int64: row ``i`` has the edges ``indptr[i]`` to
+                ``indptr[i + 1]``.
+            indices: ``[E]`` sources, of the same dtype.
+            weight: ``[E]`` floating point, or None.
+            num_nodes: ``N``, where it is more than ``T``: then the targets are the first ``T``
+                nodes, as in PyG's bipartite layers.
+            part_of: A graph of which this is an induced subgraph. What holds for every part of
+                it (symmetry, no self loops) is then not looked for again.
+            node_scale: What normalises the rows in place of the graph's own degrees.
+        """
+        self = cls.__new__(cls)
+        targets = indptr.numel() - 1
+        nodes = targets if num_nodes is None else num_nodes
+        self._start(targets, nodes, indices.numel())
+        self.rows = Rows(indptr, indices, weight)
+        self._scale = node_scale
+        if part_of is not None:
+            self.is_symmetric = part_of.is_symmetric
+            self.has_symmetric_pattern = part_of.has_symmetric_pattern
+            if not part_of.has_self_loops:
+                self.has_self_loops = False
+        return self
 
     def __repr__(self) -> str:
-        kind = "weighted" if self.edge_weight is not None else "unweighted"
-        return f"Adjacency(num_nodes={self.num_nodes}, num_edges={self.num_edges}, {kind})"
+        kind = "weighted" if self.is_weighted else "unweighted"
+        targets = "" if self.is_square else f"num_targets={self.num_targets}, "
+        return (
+            f"{type(self).__name__}({targets}num_nodes={self.num_nodes}, "
+            f"num_edges={self.num_edges}, {kind})"
+        )
 
-    @property
-    def num_edges(self) -> int:
-        """Stored directed edges: an undirected edge counts twice."""
-        return self.edge_index.size(1)
+    num_nodes: int
+    """``N``: nodes that send, and rows of the features."""
+
+    num_targets: int
+    """``T``: nodes that receive, the first of all nodes; ``N`` in a whole graph."""
+
+    num_edges: int
+    """Stored directed edges: an undirected edge counts twice."""
 
     @property
     def device(self) -> torch.device:
         """Where the edges live."""
-        return self.edge_index.device
+        given = vars(self).get("edge_index")
+        return self.rows.indices.device if given is None else given.device
 
-    def _scipy(self, edge_index: Tensor, values: Tensor) -> sp.csr_matrix:
-        # From sorted coordinates by hand: scipy's own conversion would sum duplicate edges.
-        targets, order = torch.sort(edge_index[1].cpu(), stable=True)
-        counts = torch.bincount(targets, minlength=self.num_nodes)
-        indptr = torch.zeros(self.num_nodes + 1, dtype=torch.long)
-        torch.cumsum(counts, 0, out=indptr[1:])
-        arrays = (values.cpu()[order].numpy(), edge_index[0].cpu()[order].numpy(), indptr.numpy())
-        return sp.csr_matrix(arrays, shape=(self.num_nodes, self.num_nodes))
+    @property
+    def is_square(self) -> bool:
+        """Whether every node receives: ``T = N``."""
+        return self.num_targets == self.num_nodes
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the edges have weights."""
+        return (self.edge_weight if "edge_weight" in vars(self) else self.rows.weight) is not None
+
+    @cached_property
+    def edge_index(self) -> Tensor:
+        """``[2, E]`` int64: sources and targets."""
+        indptr, indices, _ = self.rows
+        targets = torch.arange(self.num_targets, device=self.device)
+        counts = indptr.diff()
+        repeated = targets.repeat_interleave(counts, output_size=self.num_edges)
+        return torch.stack([indices.long(), repeated])
+
+    @cached_property
+    def edge_weight(self) -> Tensor | None:
+        """``[E]``, or None for an unweighted graph."""
+        return self.rows.weight
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The edges that each node receives; within a row in the order of ``edge_index``."""
+        sources, targets = self.edge_index.cpu()
+        kind = index_dtype(self.num_edges, self.num_nodes)
+        # Each edge selects its target. Transposed, that is a stable sort by target in one pass.
+        index = np.arange(self.num_edges + 1, dtype=kind)
+        selects = (np.ones(self.num_edges, dtype=np.int8), targets.numpy().astype(kind), index)
+        received = sp.csr_matrix(selects, shape=(self.num_edges, self.num_nodes)).tocsc()
+        order = torch.from_numpy(received.indices)
+        weight = self.edge_weight
+        return Rows(
+            torch.from_numpy(received.indptr),
+            sources.index_select(0, order).to(order.dtype),
+            None if weight is None else weight.cpu().index_select(0, order),
+        ).to(self.device)
 
     def to_scipy(self) -> sp.csr_matrix:
-        """The ``N x N`` matrix with entry ``(target, source)``; weight 1 where none is given."""
-        weight = self.edge_weight
-        if weight is None:
-            weight = torch.ones(self.num_edges, device=self.device)
-        return self._scipy(self.edge_index, weight)
+        """The ``T x N`` matrix with entry ``(target, source)``; weight 1 where none is given.
+
+        A copy: what is done to it does not reach the graph.
+        """
+        indptr, indices, weight = self.rows
+        values = torch.ones(self.num_edges) if weight is None else weight
+        arrays = tuple(tensor.cpu().numpy().copy() for tensor in (values, indices, indptr))
+        return sp.csr_matrix(arrays, shape=(self.num_targets, self.num_nodes))
 
     @cached_property
     def is_symmetric(self) -> bool:
         """Whether every edge has its reverse with the same weight."""
-        matrix = self.to_scipy()
-        difference = abs(matrix - matrix.T)
-        return difference.nnz == 0 or float(difference.max()) == 0.0
+        return self.is_square and _equals_transpose(self.to_scipy())
+
+    @cached_property
+    def has_symmetric_pattern(self) -> bool:
+        """Whether every edge has its reverse, whatever its weight."""
+        if not self.is_weighted:
+            return self.is_symmetric
+        pattern = self.to_scipy()
+        pattern.data = np.ones(self.num_edges, dtype=np.float32)
+        return self.is_square and _equals_transpose(pattern)
+
+    @cached_property
+    def has_self_loops(self) -> bool:
+        """Whether an edge leads from a node to itself."""
+        return bool((self.rows.indices == self._row_numbers()).any())
+
+    def _row_numbers(self) -> Tensor:
+        rows = torch.arange(self.num_targets, dtype=self.rows.indices.dtype, device=self.device)
+        return rows.repeat_interleave(self.rows.counts(), output_size=self.num_edges)
+
+    def subgraph(self, nodes: Tensor) -> Adjacency:
+        """The induced subgraph: the given nodes ``[n]``, in this order, and the edges between them.
+
+        Args:
+            nodes: Different nodes, int64.
+        """
+        rows = self.rows.take(nodes)
+        place = torch.full((self.num_nodes,), -1, dtype=rows.indices.dtype, device=self.device)
+        place[nodes] = torch.arange(nodes.numel(), dtype=place.dtype, device=self.device)
+        moved = rows._replace(indices=place.index_select(0, rows.indices))
+        return Adjacency.from_csr(*moved.keep(moved.indices >= 0), part_of=self)
 
     @property
     def gcn(self) -> SparseMatrix:
-        """``D^-1/2 (A + I) D^-1/2`` (Kipf & Welling, 2017), by PyG's ``gcn_norm``."""
+        """``D^-1/2 (A + I) D^-1/2`` (Kipf & Welling, 2017), as PyG's ``gcn_norm`` has it."""
         return self.matrix("gcn")
 
     @property
@@ -122,54 +296,133 @@ class Adjacency:
         """``D^-1 A``: the mean over in-neighbours, edge weights ignored, as in GraphSAGE."""
         return self.matrix("mean")
 
-    def matrix(
-        self, form: Literal["gcn", "mean"], dtype: torch.dtype = torch.float32
-    ) -> SparseMatrix:
+    def matrix(self, form: Form, dtype: torch.dtype = torch.float32) -> SparseMatrix:
         """A normalised form of the adjacency, built on first use and kept.
 
         Args:
-            form: ``"gcn"`` or ``"mean"``.
+            form: ``"gcn"``, ``"mean"`` or ``"sum"``.
             dtype: Of the features it will be multiplied with: float64 is computed in float64, all
                 others in float32.
+
+        Raises:
+            DataError: ``"gcn"`` of a graph whose sources are not its targets.
         """
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if (form, dtype) not in self._matrices:
-            self._matrices[form, dtype] = self._build(form, dtype)
+            build = self._gcn if form == "gcn" else self._unweighted
+            self._matrices[form, dtype] = build(form, dtype)
         return self._matrices[form, dtype]
 
-    def _build(self, form: Literal["gcn", "mean"], dtype: torch.dtype) -> SparseMatrix:
-        if form == "gcn":
-            weight = None if self.edge_weight is None else self.edge_weight.to(dtype)
-            index, weight = gcn_norm(self.edge_index, weight, self.num_nodes, dtype=dtype)
-        else:
-            index = self.edge_index
-            degree = torch.bincount(index[1], minlength=self.num_nodes).clamp(min=1)
-            weight = degree.to(dtype).reciprocal()[index[1]]
-        symmetric = form == "gcn" and self.is_symmetric
-        matrix = SparseMatrix.from_scipy(self._scipy(index, weight), symmetric=symmetric)
-        return matrix.to(self.device)
+    def node_scale(self, form: Form, dtype: torch.dtype) -> Tensor:
+        """What normalises a form, ``[T]``: ``D^-1/2`` of ``A + I`` for gcn, ``D^-1`` for mean.
 
-    def remember(self, x: Tensor) -> None:
+        ``D`` counts what a node receives: the weights of its edges and its self loop (1 where it
+        has none) for gcn, the number of its edges for mean. A node without any gets 0 and 1.
+        """
+        if self._scale is not None:
+            return self._scale(form, dtype).to(self.device)
+        if form == "mean":
+            return self.rows.counts().clamp(min=1).to(dtype).reciprocal()
+        looped = self._looped
+        if looped.weight is None:
+            degree = looped.counts().to(dtype)
+        else:
+            weight = looped.weight.to(dtype)
+            degree = torch.segment_reduce(weight, "sum", offsets=looped.indptr.long(), initial=0)
+        scale = degree.rsqrt()
+        return scale.masked_fill_(scale == float("inf"), 0.0)
+
+    def _gcn(self, form: Form, dtype: torch.dtype) -> SparseMatrix:
+        if not self.is_square:
+            raise DataError(
+                "the symmetric normalisation of a GCN needs a graph whose nodes all receive",
+                got=repr(self),
+                remedy="sample layers of a GCN with gist.LADIES or gist.FastGCN",
+            )
+        looped = self._looped
+        scale = self.node_scale("gcn", dtype)
+        values = scale.repeat_interleave(looped.counts(), output_size=looped.indices.numel())
+        values *= scale.index_select(0, looped.indices)
+        if looped.weight is not None:
+            values *= looped.weight.to(dtype)
+        rows = CSR(looped.indptr, looped.indices, values, self.num_nodes)
+        return SparseMatrix(rows, symmetric=self.is_symmetric)
+
+    @cached_property
+    def _looped(self) -> Rows:
+        """The rows with exactly one self loop each, at the end: the last given one, or weight 1."""
+        rows, loop_weight = self.rows, None
+        if rows.weight is not None:
+            loop_weight = rows.weight.new_ones(self.num_nodes)
+        if self.has_self_loops:
+            row = self._row_numbers()
+            loop = rows.indices == row
+            if loop_weight is not None and rows.weight is not None:
+                places = true_positions(loop)
+                nodes = row.index_select(0, places)
+                final = torch.ones_like(nodes, dtype=torch.bool)
+                final[:-1] = nodes[1:] != nodes[:-1]
+                loop_weight[nodes[final].long()] = rows.weight[places[final]]
+            rows = rows.keep(~loop)
+        nodes = torch.arange(self.num_nodes + 1, dtype=rows.indptr.dtype, device=self.device)
+        indptr = rows.indptr + nodes
+        last = indptr[1:].long() - 1
+        others = torch.ones(rows.indices.numel() + self.num_nodes, dtype=torch.bool)
+        others = others.to(self.device).index_fill_(0, last, False)
+
+        def ended(values: Tensor, ends: Tensor) -> Tensor:
+            out = torch.empty(others.numel(), dtype=values.dtype, device=values.device)
+            return out.masked_scatter_(others, values).index_copy_(0, last, ends)
+
+        if rows.weight is None or loop_weight is None:
+            return Rows(indptr, ended(rows.indices, nodes[:-1]), None)
+        return Rows(indptr, ended(rows.indices, nodes[:-1]), ended(rows.weight, loop_weight))
+
+    def _unweighted(self, form: Form, dtype: torch.dtype) -> SparseMatrix:
+        indptr, indices, _ = self.rows
+        symmetric = self.has_symmetric_pattern
+        if form == "sum":
+            ones = torch.ones(self.num_edges, dtype=dtype, device=self.device)
+            return SparseMatrix(CSR(indptr, indices, ones, self.num_nodes), symmetric=symmetric)
+        scale = self.node_scale("mean", dtype)
+        values = scale.repeat_interleave(self.rows.counts(), output_size=self.num_edges)
+        columns = None
+        if symmetric:  # then (D^-1 A)^T = A D^-1 has the same pattern
+            columns = CSR(indptr, indices, scale.index_select(0, indices), self.num_nodes)
+        return SparseMatrix(CSR(indptr, indices, values, self.num_nodes), columns=columns)
+
+    def remember(self, x: Tensor, forms: Iterable[Form] = ()) -> None:
         """Declares ``x`` constant: products with this very tensor are computed once and kept.
 
         Input features never change, so ``ÂX`` of a first layer costs one product in a whole run.
         An in-place change of ``x`` is noticed and leads to a new product.
+
+        Args:
+            x: ``[N, d]``.
+            forms: Products to compute at once; the others on first use.
         """
         self._constants[x] = {}
+        for form in forms:
+            self._kept(form, x)
+
+    def remembered(self, x: Tensor) -> frozenset[Form]:
+        """The forms whose products with ``x`` are kept by now."""
+        return frozenset(self._constants.get(x, ()))
 
     def is_constant(self, x: Tensor) -> bool:
         """Whether products with ``x`` are kept, so that aggregating first costs nothing."""
         return x in self._constants and not x.requires_grad
 
     def propagate(self, form: Form, x: Tensor) -> Tensor:
-        """``M x``, where M is the identity, :attr:`gcn` or :attr:`mean`, chosen by ``form``.
+        """``M x``, where M is the matrix that ``form`` names.
 
         Args:
-            form: ``"identity"``, ``"gcn"`` or ``"mean"``.
-            x: ``[N, d]``. Returns ``[N, d]``.
+            form: ``"identity"`` (the targets' own rows), ``"gcn"`` (:attr:`gcn`), ``"mean"``
+                (:attr:`mean`), or ``"sum"``: ``A`` with edge weights ignored, as in PyG's GIN.
+            x: ``[N, d]``. Returns ``[T, d]``.
         """
         if form == "identity":
-            return x
+            return self._own(x)
         if self.is_constant(x) and isinstance(kept := self._kept(form, x), Tensor):
             return kept
         return self.matrix(form, x.dtype).matmul(x)
@@ -181,31 +434,53 @@ class Adjacency:
         words), as a sparse matrix, whose product with W costs that many times less.
 
         Args:
-            form: ``"identity"``, ``"gcn"`` or ``"mean"``.
+            form: As in :meth:`propagate`.
             x: ``[N, d_in]``.
             weight: ``[d_out, d_in]``.
-            bias: ``[d_out]`` or None. Returns ``[N, d_out]``.
+            bias: ``[d_out]`` or None. Returns ``[T, d_out]``.
         """
         if self.is_constant(x) and isinstance(kept := self._kept(form, x), SparseMatrix):
             out = kept.matmul(weight.t())
             return out if bias is None else out + bias
         return F.linear(self.propagate(form, x), weight, bias)
 
+    def _own(self, x: Tensor) -> Tensor:
+        return x if self.is_square else x[: self.num_targets]
+
     def _kept(self, form: Form, x: Tensor) -> Tensor | SparseMatrix:
         kept: dict[Form, tuple[int, Tensor | SparseMatrix]] = self._constants[x]
         if form not in kept or kept[form][0] != x._version:
-            dense = x if form == "identity" else self.matrix(form, x.dtype).rows.product(x)
+            own = form == "identity"
+            dense = self._own(x) if own else self.matrix(form, x.dtype).rows.product(x)
             kept[form] = (x._version, sparse_if_worth_it(dense))
         return kept[form][1]
 
     def to(self, device: torch.device | str) -> Adjacency:
         """The same graph on ``device``; kept products stay behind."""
-        moved = self.edge_index.to(device)
-        if moved is self.edge_index:
+        if torch.empty(0, device=device).device == self.device:
             return self
-        weight = None if self.edge_weight is None else self.edge_weight.to(device)
-        other = copy.copy(self)
-        other.edge_index, other.edge_weight = moved, weight
-        other._matrices = {key: matrix.to(device) for key, matrix in self._matrices.items()}
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.__dict__.pop("_looped", None)
+        for name in ("edge_index", "edge_weight", "rows"):
+            value = vars(self).get(name)
+            if value is not None:
+                setattr(other, name, value.to(device))
         other._constants = WeakIdKeyDictionary()
+        other._matrices = {key: matrix.to(device) for key, matrix in self._matrices.items()}
         return other
+
+
+def index_dtype(*sizes: int) -> type[np.signedinteger[Any]]:
+    """int32 where it can count up to all of ``sizes``: half the memory traffic; else int64."""
+    return np.int32 if max(sizes) < 2**31 - 1 else np.int64
+
+
+def _equals_transpose(matrix: sp.csr_matrix) -> bool:
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    transpose = matrix.T.tocsr()  # rows come out sorted
+    return all(
+        np.array_equal(getattr(matrix, name), getattr(transpose, name))
+        for name in ("indptr", "indices", "data")
+    )

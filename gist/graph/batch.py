@@ -5,15 +5,20 @@ Shape legend: ``n`` nodes of a batch, ``t`` of them with a loss, ``F`` features.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor, nn
 
 from gist.graph.adjacency import Adjacency
 from gist.graph.data import GraphData
+from gist.partition.streams import stream
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,13 +55,25 @@ class BatchSource(ABC):
     def describe(self) -> dict[str, Any]:
         """Name and settings as JSON values: a run is resumed on the same ones."""
 
+    def check(self, model: nn.Module) -> None:
+        """Refuses a model that these batches cannot train; takes any by default.
+
+        Raises:
+            ConfigError: what the model lacks.
+        """
+        del model
+
 
 class BatchRecipe(ABC):
     """Settings of a batch source, before it is bound to a graph; a frozen dataclass."""
 
     @abstractmethod
     def bind(self, data: GraphData) -> BatchSource:
-        """The source of batches of ``data``, on its device."""
+        """The source of batches of ``data``, on its device.
+
+        Args:
+            data: The graph to train on. In inductive training its val and test masks are empty.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,4 +97,57 @@ class _FullGraph(BatchSource):
             yield self.batch
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "full graph"}
+        return {"name": "FullGraph"}
+
+
+def training_graph(data: GraphData) -> GraphData:
+    """The subgraph that the training nodes induce: what inductive training may see.
+
+    Nodes keep their order; edges to any other node are gone, and so are the other splits.
+    """
+    nodes = data.train_mask.nonzero()[:, 0]
+    part = copy.copy(data)  # checked already; the constructor wants every split
+    known = {
+        "x": data.x[nodes],
+        "y": data.y[nodes],
+        "adjacency": data.adjacency.subgraph(nodes),
+        "train_mask": torch.ones_like(nodes, dtype=torch.bool),
+        "val_mask": torch.zeros_like(nodes, dtype=torch.bool),
+        "test_mask": torch.zeros_like(nodes, dtype=torch.bool),
+    }
+    for name, value in known.items():
+        object.__setattr__(part, name, value)
+    part.adjacency.remember(part.x)
+    return part
+
+
+def passes(
+    deal: Callable[[Generator], Sequence[Item]],
+    *,
+    steps_per_epoch: int,
+    seed: int,
+    round: int,
+    subnet: int,
+    steps: int,
+) -> Iterator[Item]:
+    """What ``steps`` steps see of an endless series of shuffled passes over the training data.
+
+    The passes of a subnet number go on from round to round: step ``k`` of a round of ζ steps is
+    step ``round * ζ + k`` of the series, and every pass has a random stream of its own, named by
+    (seed, subnet, pass). So nothing is left out or seen twice before a pass is over; a last round
+    with fewer steps than the others starts elsewhere in the series.
+
+    Args:
+        deal: Deals one pass, ``steps_per_epoch`` items, from a CPU generator.
+        steps_per_epoch: Items of one pass.
+        seed: Of the run.
+        round: Number of the round.
+        subnet: Number of the subnet.
+        steps: ζ of the round, and the number of items given.
+    """
+    position = round * steps
+    while steps > 0:
+        index, first = divmod(position, steps_per_epoch)
+        items = deal(stream("pass", seed, subnet, index))[first : first + steps]
+        yield from items
+        position, steps = position + len(items), steps - len(items)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import types
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -67,6 +67,9 @@ class TrainingSettings:
         schedule: Name of the learning-rate schedule.
         epochs: Total budget, split over the subnets.
         local_steps: Steps between two merges.
+        clusters: Parts to cut the graph into; None trains on the whole graph.
+        clusters_per_batch: Clusters of a batch.
+        inductive: Whether to train on the subgraph of the training nodes alone.
     """
 
     model: str
@@ -79,6 +82,9 @@ class TrainingSettings:
     schedule: str
     epochs: int
     local_steps: int
+    clusters: int | None = None
+    clusters_per_batch: int = 1
+    inductive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +208,7 @@ def read_card(path: Path) -> Card:
 
 
 def _record(cls: type[_Record], raw: Any, where: str) -> _Record:
-    """A dataclass from a mapping with exactly its fields."""
+    """A dataclass from a mapping with its fields; those with a default may be left out."""
     types_ = get_type_hints(cls)
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     _require(isinstance(raw, dict), where, type(raw).__name__, f"a mapping with {', '.join(names)}")
@@ -214,9 +220,10 @@ def _record(cls: type[_Record], raw: Any, where: str) -> _Record:
             expected=", ".join(names),
             remedy=f"did you mean {close[0]!r}?" if close else None,
         )
-    missing = [name for name in names if name not in raw]
+    needed = [field.name for field in fields(cls) if field.default is MISSING]  # type: ignore[arg-type]
+    missing = [name for name in needed if name not in raw]
     _require(not missing, f"{where}: missing key", ", ".join(missing), ", ".join(names))
-    return cls(**{name: _value(types_[name], raw[name], f"{where}: {name}") for name in names})
+    return cls(**{name: _value(types_[name], raw[name], f"{where}: {name}") for name in raw})
 
 
 def _value(kind: Any, raw: Any, where: str) -> Any:
@@ -236,7 +243,7 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
         return raw
     plain = kind if isinstance(kind, type) else str  # a Literal of strings
     accepted = (int, float) if plain is float else plain
-    fits = isinstance(raw, accepted) and not isinstance(raw, bool)
+    fits = isinstance(raw, accepted) and (plain is bool or not isinstance(raw, bool))
     _require(fits, where, repr(raw), plain.__name__)
     return raw
 

@@ -201,7 +201,7 @@ def pyg_inputs(data: Data, split: int | None, overrides: dict[str, Any]) -> dict
     for name in set(SPLITS) - set(overrides):
         found[name] = _column(name, found[name], split)
     if "edge_weight" not in overrides:
-        found["edge_weight"] = _pyg_weight(data)
+        found["edge_weight"] = pyg_weight(data)
     return found
 
 
@@ -224,7 +224,12 @@ def _column(name: str, mask: Any, split: int | None) -> Any:
     return mask[:, split or 0]
 
 
-def _pyg_weight(data: Data) -> Any:
+def pyg_weight(data: Data) -> Any:
+    """Edge weights ``[E]`` of a ``Data``: ``edge_weight``, or a one-column ``edge_attr``; or None.
+
+    Raises:
+        DataError: several features per edge.
+    """
     weight = getattr(data, "edge_weight", None)
     if weight is None:
         weight = getattr(data, "edge_attr", None)

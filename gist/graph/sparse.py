@@ -1,18 +1,27 @@
 """Constant sparse matrices and their product with dense features: the kernels of the package.
 
 Shape legend: ``N`` rows, ``M`` columns, ``E`` stored entries, ``d`` feature columns.
+
+A product is one operator for PyTorch, ``gist::csr_product``. It has shapes and dtypes without
+memory (meta and fake tensors), and :mod:`torch.utils.flop_counter` counts ``2 E d`` for it, forward
+and backward alike.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gist.errors import ConfigError, DataError
 
 SPARSE_BELOW = 0.1
 """Share of entries that are not zero, below which a sparse product beats a dense one here."""
@@ -51,28 +60,130 @@ class CSR:
         )
 
     def product(self, x: Tensor) -> Tensor:
-        """``self @ x`` for dense ``x`` [M, d], without autograd. Returns [N, d].
+        """``self @ x`` for dense ``x`` [M, d], without autograd, by :func:`product_kernel`.
 
-        On the CPU the embedding-bag kernel runs at memory bandwidth in float32 and bfloat16 and is
-        several times faster than the sparse CSR product; in float64 it is the other way round.
+        The result depends on neither the number of threads nor the other columns of ``x``.
+
+        Returns:
+            ``[N, d]``, of the dtype of ``x``.
+
+        Raises:
+            DataError: ``x`` has not ``M`` rows.
         """
-        values = self._cast.get(x.dtype)
-        if values is None:
-            values = self._cast[x.dtype] = self.values.to(x.dtype)
-        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-            return F.embedding_bag(
-                self.indices,
-                x.contiguous(),
-                self.indptr,
-                mode="sum",
-                per_sample_weights=values,
-                include_last_offset=True,
+        if x.size(0) != self.num_cols:
+            raise DataError(
+                "a sparse matrix is multiplied with features of another number of nodes",
+                got=f"features of shape {tuple(x.shape)}",
+                expected=f"{self.num_cols} rows",
             )
-        shape = (self.indptr.numel() - 1, self.num_cols)
-        matrix = torch.sparse_csr_tensor(
-            self.indptr, self.indices, values, shape, check_invariants=False
+        values = self._values_as(x.dtype)
+        out: Tensor = _csr_product(self.indptr, self.indices, values, x, self.num_cols)
+        return out
+
+    def _values_as(self, dtype: torch.dtype) -> Tensor:
+        values = self._cast.get(dtype)
+        if values is None:
+            values = self.values.to(dtype)
+            if type(values) is type(self.values):  # a fake tensor would outlive its mode
+                self._cast[dtype] = values
+        return values
+
+    @property
+    def _has_memory(self) -> bool:
+        return not (self.values.is_meta or isinstance(self.values, FakeTensor))
+
+
+def _by_embedding_bag(
+    indptr: Tensor, indices: Tensor, values: Tensor, x: Tensor, num_cols: int
+) -> Tensor:
+    # Row i is the weighted sum of the rows of a table: a bag of its neighbours. This is what
+    # torch.nn.functional.embedding_bag calls, without its checks in Python.
+    scale_by_count, mode_sum, sparse_gradient, last_offset = False, 0, False, True
+    return torch.embedding_bag(
+        x.contiguous(),
+        indices,
+        indptr,
+        scale_by_count,
+        mode_sum,
+        sparse_gradient,
+        values,
+        last_offset,
+    )[0]
+
+
+def _by_sparse_csr(
+    indptr: Tensor, indices: Tensor, values: Tensor, x: Tensor, num_cols: int
+) -> Tensor:
+    shape = (indptr.numel() - 1, num_cols)
+    return torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False) @ x
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
+    "embedding_bag": _by_embedding_bag,
+    "sparse_csr": _by_sparse_csr,
+}
+"""What a product can run on, by name."""
+
+KERNEL_VARIABLE = "GIST_PRODUCT_KERNEL"
+"""Environment variable that names the kernel of every product, instead of the rule."""
+
+
+def product_kernel(device: str, dtype: torch.dtype) -> str:
+    """The kernel that products run on: a name in :data:`KERNELS`.
+
+    ``"embedding_bag"`` on the CPU in float32, bfloat16 and float16: it moves each row once, at
+    memory bandwidth, and was the fastest at every width from 7 to 4,096 on graphs of 2,000 to
+    169,343 nodes (``examples/benchmarks/graph_product.py``). Splitting wide features into blocks of
+    columns, and sorting rows by degree, did not pay. In float64 it is far slower than
+    ``"sparse_csr"``, which is also what serves on other devices. A fixed rule instead of a trial:
+    the kernels round differently, and a run must be the same bits every time.
+
+    Args:
+        device: Device type, such as ``"cpu"``.
+        dtype: Of the features.
+
+    Raises:
+        ConfigError: :data:`KERNEL_VARIABLE` names no kernel.
+    """
+    named = os.environ.get(KERNEL_VARIABLE)
+    if named is None:
+        fast = device == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return "embedding_bag" if fast else "sparse_csr"
+    if named not in KERNELS:
+        raise ConfigError(
+            f"{KERNEL_VARIABLE} names no kernel", got=repr(named), expected=" or ".join(KERNELS)
         )
-        return matrix @ x
+    return named
+
+
+_OPERATOR = "gist::csr_product"
+
+torch.library.define(
+    _OPERATOR, "(Tensor indptr, Tensor indices, Tensor values, Tensor x, int num_cols) -> Tensor"
+)
+
+
+@torch.library.impl(_OPERATOR, "CompositeExplicitAutograd")
+def _run(indptr: Tensor, indices: Tensor, values: Tensor, x: Tensor, num_cols: int) -> Tensor:
+    if indices.numel() == 0 or x.numel() == 0:
+        return x.new_zeros(indptr.numel() - 1, x.size(1))
+    kernel = KERNELS[product_kernel(x.device.type, x.dtype)]
+    return kernel(indptr, indices, values, x, num_cols)
+
+
+@torch.library.register_fake(_OPERATOR)  # type: ignore[untyped-decorator]
+def _shape(indptr: Tensor, indices: Tensor, values: Tensor, x: Tensor, num_cols: int) -> Tensor:
+    return x.new_empty(indptr.numel() - 1, x.size(1))
+
+
+_csr_product = torch.ops.gist.csr_product.default
+
+
+@register_flop_formula(torch.ops.gist.csr_product)
+def _flops(
+    indptr: torch.Size, indices: torch.Size, values: torch.Size, x: torch.Size, *_: Any, **__: Any
+) -> int:
+    return 2 * indices[0] * x[1]
 
 
 class _Product(torch.autograd.Function):
@@ -80,13 +191,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: CSR, transpose: CSR) -> Tensor:
-        ctx.transpose = transpose
+        ctx.matrix, ctx.transpose = matrix, transpose
         return matrix.product(x)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
-        grad = ctx.transpose.product(grad_outputs[0]) if ctx.needs_input_grad[0] else None
-        return grad, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return _multiply(grad_outputs[0], ctx.transpose, ctx.matrix), None, None
+
+
+def _multiply(x: Tensor, matrix: CSR, transpose: CSR) -> Tensor:
+    out: Tensor = _Product.apply(x, matrix, transpose)  # type: ignore[no-untyped-call]
+    return out
 
 
 class SparseMatrix:
@@ -94,11 +209,21 @@ class SparseMatrix:
 
     A plain object, not a tensor: modules, copies and optimisers never see it. The transpose is
     built once, on first use; a symmetric matrix is its own.
+
+    Without memory (``rows`` on the meta device, or fake) it multiplies tensors of the same kind:
+    shapes, dtypes and counts of operations are right, forward and backward.
+
+    Args:
+        rows: The matrix.
+        symmetric: Whether it is its own transpose; believed, not checked.
+        columns: The transpose, where it is known already.
     """
 
-    def __init__(self, rows: CSR, *, symmetric: bool = False) -> None:
+    def __init__(self, rows: CSR, *, symmetric: bool = False, columns: CSR | None = None) -> None:
         self.rows = rows
         self.symmetric = symmetric
+        if columns is not None:
+            self.columns = columns  # the transpose is known: nothing to build
 
     @classmethod
     def from_scipy(cls, matrix: sp.spmatrix, *, symmetric: bool = False) -> SparseMatrix:
@@ -113,24 +238,39 @@ class SparseMatrix:
     @cached_property
     def columns(self) -> CSR:
         """Compressed rows of the transpose."""
+        rows = self.rows
         if self.symmetric:
-            return self.rows
-        transposed = self.rows.to_scipy().T.tocsr()
+            return rows
+        if not rows._has_memory:  # a matrix of the same size
+            indptr = rows.indptr.new_empty(rows.num_cols + 1)
+            return CSR(indptr, rows.indices, rows.values, rows.indptr.numel() - 1)
+        transposed = rows.to_scipy().T.tocsr()
         transposed.sort_indices()
-        return CSR.from_scipy(transposed).to(self.rows.values.device)
+        return CSR.from_scipy(transposed).to(rows.values.device)
 
     def matmul(self, x: Tensor) -> Tensor:
-        """``self @ x`` for dense ``x`` [M, d]; returns [N, d]."""
+        """``self @ x`` for dense ``x`` [M, d]; returns [N, d].
+
+        Under :class:`torch.autocast` it runs in the dtype of autocast, as every matrix product
+        there: half the bytes to move, which is all that it costs. float64 stays as it is.
+
+        Raises:
+            DataError: ``x`` has not ``M`` rows.
+        """
+        kind = x.device.type
+        if not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         if x.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _Product.apply(x, self.rows, self.columns)  # type: ignore[no-untyped-call]
-            return product
+            return _multiply(x, self.rows, self.columns)
         return self.rows.product(x)
 
     __matmul__ = matmul
 
     def to(self, device: torch.device | str) -> SparseMatrix:
         """The same matrix on ``device``."""
-        return SparseMatrix(self.rows.to(device), symmetric=self.symmetric)
+        known = vars(self).get("columns")
+        moved = None if known is None or self.symmetric else known.to(device)
+        return SparseMatrix(self.rows.to(device), symmetric=self.symmetric, columns=moved)
 
 
 def sparse_if_worth_it(x: Tensor) -> Tensor | SparseMatrix:

@@ -15,7 +15,8 @@ import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
 from gist.errors import DataError
-from gist.graph.adjacency import Adjacency
+from gist.graph.adjacency import Adjacency, Form
+from gist.graph.blockwise import Maker, Product, blockwise_gcn, blockwise_sage, register_blockwise
 from gist.partition.builder import Layer
 from gist.partition.grouped.grouping import Grouping
 from gist.partition.grouped.pyg import GroupedSAGEConcatConv
@@ -36,6 +37,13 @@ class GCNConv(pyg.GCNConv):  # type: ignore[misc]  # PyG is untyped
         ``x`` [N, in_channels] -> [N, out_channels].
     """
 
+    @property
+    def form(self) -> Form | None:
+        """The matrix that it multiplies with; None where it passes messages, as PyG does."""
+        plain = self.normalize and self.add_self_loops and not self.improved
+        plain = plain and self.aggr == "add" and self.flow == "source_to_target"
+        return "gcn" if plain else None
+
     def forward(self, x: Tensor, edge_index: Graph, edge_weight: Tensor | None = None) -> Tensor:
         """Convolves ``x`` over the graph; edge weights are part of an adjacency."""
         # PyG reads the signature of its message passing from the next comment.
@@ -51,8 +59,7 @@ class GCNConv(pyg.GCNConv):  # type: ignore[misc]  # PyG is untyped
                 remedy="put the weights into the Adjacency",
             )
         graph = edge_index
-        plain = self.normalize and self.add_self_loops and not self.improved
-        if not (plain and self.aggr == "add" and self.flow == "source_to_target"):
+        if self.form is None:
             out = super().forward(x, graph.edge_index, graph.edge_weight)
             return out
         if graph.is_constant(x) or self.in_channels < self.out_channels:
@@ -70,6 +77,12 @@ class SAGEConv(pyg.SAGEConv):  # type: ignore[misc]  # PyG is untyped
         ``x`` [N, in_channels] -> [N, out_channels].
     """
 
+    @property
+    def form(self) -> Form | None:
+        """The matrix that it multiplies with; None where it passes messages, as PyG does."""
+        plain = self.aggr == "mean" and self.flow == "source_to_target" and not self.project
+        return "mean" if plain else None
+
     def forward(self, x: Tensor, edge_index: Graph, size: Any = None) -> Tensor:
         """Convolves ``x`` over the graph."""
         # PyG reads the signature of its message passing from the next comment.
@@ -79,7 +92,7 @@ class SAGEConv(pyg.SAGEConv):  # type: ignore[misc]  # PyG is untyped
         if not isinstance(graph, Adjacency):
             out = super().forward(x, graph, size)
             return out
-        if self.project or self.aggr != "mean" or self.flow != "source_to_target":
+        if self.form is None:
             out = super().forward(x, graph.edge_index, size)
             return out
         weight, bias = self.lin_l.weight, self.lin_l.bias
@@ -107,6 +120,8 @@ class SAGEConcatConv(nn.Module):
         ``x`` [N, in_channels] -> [N, out_channels]; weight [out_channels, 2 * in_channels].
     """
 
+    form: Form = "mean"
+
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -125,7 +140,8 @@ class SAGEConcatConv(nn.Module):
             own, neighbours = torch.split(self.lin.weight, self.in_channels, dim=1)
             out = graph.project("mean", x, neighbours, self.lin.bias)
             return out + graph.project("identity", x, own)
-        out = torch.cat([x, graph.propagate("mean", x)], dim=-1)
+        own = graph.propagate("identity", x)
+        out = torch.cat([own, graph.propagate("mean", x)], dim=-1)
         return F.linear(out, self.lin.weight, self.lin.bias)
 
     def extra_repr(self) -> str:
@@ -135,6 +151,20 @@ class SAGEConcatConv(nn.Module):
 
 register_rule(GCNConv)(GCNConvRule)
 register_rule(SAGEConv)(SAGEConvRule)
+register_blockwise(GCNConv)(blockwise_gcn)
+register_blockwise(SAGEConv)(blockwise_sage)
+
+
+@register_blockwise(SAGEConcatConv)
+def blockwise_sage_concat(conv: SAGEConcatConv) -> Maker:
+    """The two halves of its weight as two weights."""
+
+    def make(graph: Adjacency, x: Tensor) -> Product:
+        own, neighbours = torch.split(conv.lin.weight, conv.in_channels, dim=1)
+        matrix = graph.matrix("mean", x.dtype).rows
+        return Product(matrix=matrix, weight=neighbours, root=own, bias=conv.lin.bias)
+
+    return make
 
 
 @register_rule(SAGEConcatConv)

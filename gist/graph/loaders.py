@@ -1,0 +1,227 @@
+"""PyTorch Geometric's loaders as batches for subnet training.
+
+Shape legend: ``n`` nodes of a batch, ``t`` of them with a loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from gist.errors import ConfigError, DataError, MissingDependencyError
+from gist.graph.adjacency import Adjacency, true_positions
+from gist.graph.batch import BatchRecipe, BatchSource, GraphBatch
+from gist.graph.convert import pyg_weight
+from gist.graph.data import GraphData
+from gist.partition.streams import stream_seed
+
+
+@dataclass(frozen=True)
+class PyGLoader(BatchRecipe):
+    """Batches from a loader of PyG ``Data``.
+
+    For example::
+
+        PyGLoader(lambda data: NeighborLoader(
+            data, num_neighbors=[10, 10], batch_size=512, input_nodes=data.train_mask, shuffle=True
+        ))
+
+    The loss is taken over the training nodes of a batch; where it has a ``batch_size``, as
+    ``NeighborLoader`` gives it, over those of the first ``batch_size`` nodes, its seeds. A batch
+    without any is passed over. Features, labels, edges and edge weights are those of the batch;
+    other attributes, as ``node_norm`` of GraphSAINT, are not used.
+
+    Each (seed, round, subnet) starts a new pass with random states of its own: torch's, numpy's and
+    Python's global ones and the loader's ``generator`` while it works, none of which the training
+    sees. A loader that is random in another way makes runs that cannot be repeated.
+
+    Attributes:
+        make_loader: Makes the loader, once, from the training graph: a ``Data`` on the CPU with
+            ``x``, ``edge_index``, ``edge_weight`` (of weighted graphs), ``y``, ``train_mask``,
+            ``val_mask`` and ``test_mask``. It may be any iterable of ``Data`` that can be iterated
+            over again.
+        steps_per_epoch: Batches of one pass, where the loader has no ``len``.
+    """
+
+    make_loader: Callable[[Data], Iterable[Data]]
+    steps_per_epoch: int | None = None
+
+    def bind(self, data: GraphData) -> LoaderSource:
+        """See :meth:`BatchRecipe.bind`. Draws a first batch to see that the loader works here.
+
+        Raises:
+            MissingDependencyError: the loader needs a package that is not installed.
+            ConfigError: no iterable, no length, or it gives no batch with a training node.
+            DataError: a batch does not fit the data.
+        """
+        return LoaderSource(self, data)
+
+
+class LoaderSource(BatchSource):
+    """A loader bound to one graph.
+
+    Args:
+        recipe: The loader.
+        data: The graph.
+    """
+
+    def __init__(self, recipe: PyGLoader, data: GraphData) -> None:
+        self.recipe, self.data = recipe, data
+        if not callable(recipe.make_loader):
+            raise ConfigError(
+                "PyGLoader takes a function that makes the loader",
+                got=type(recipe.make_loader).__name__,
+                expected="such as lambda data: RandomNodeLoader(data, num_parts=10)",
+            )
+        try:
+            self.loader = recipe.make_loader(_pyg(data))
+            if not isinstance(self.loader, Iterable):
+                raise ConfigError(
+                    "make_loader must return something to iterate over",
+                    got=type(self.loader).__name__,
+                )
+            self._steps = self._count()
+            # a probe: whether it works, and what identifies it
+            first = next(self.batches(seed=0, round=0, subnet=0, steps=1))
+        except ImportError as error:
+            raise MissingDependencyError(
+                "this loader cannot sample here",
+                got=error,
+                remedy="install that package for this version of torch, or use gist.Cluster, "
+                "gist.LADIES or gist.FastGCN, which need nothing more",
+            ) from error
+        digest = hashlib.sha256()
+        assert isinstance(first.graph, Adjacency)
+        for tensor in (first.graph.edge_index, first.x, first.targets):
+            if tensor is not None:
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        self._first_batch = digest.hexdigest()[:16]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one pass of the loader."""
+        return self._steps
+
+    def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[GraphBatch]:
+        """The first batches of a fresh pass, and of further ones where ``steps`` is more."""
+        key = stream_seed("loader", seed, round, subnet)
+        own = _RandomStates(key)
+        if isinstance(generator := getattr(self.loader, "generator", None), torch.Generator):
+            generator.manual_seed(key)
+        while steps > 0:
+            before = steps
+            with own:
+                items = iter(self.loader)
+            while steps > 0:
+                with own:
+                    item = next(items, None)
+                if item is None:
+                    break
+                if (batch := self._batch(item)) is not None:
+                    steps -= 1
+                    yield batch
+            if steps == before:
+                raise ConfigError(
+                    "a whole pass of the loader gave no batch with a training node",
+                    got=type(self.loader).__name__,
+                    remedy="give it input_nodes=data.train_mask, or fewer and larger batches",
+                )
+
+    def describe(self) -> dict[str, Any]:
+        """The loader's class, and what identifies its batches."""
+        return {
+            "name": "PyGLoader",
+            "loader": type(self.loader).__name__,
+            "steps_per_epoch": self.steps_per_epoch,
+            "first_batch": self._first_batch,
+        }
+
+    def _count(self) -> int:
+        steps = self.recipe.steps_per_epoch
+        if steps is None and isinstance(self.loader, Sized):
+            steps = len(self.loader)
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ConfigError(
+                "how many batches make one pass of the loader is not known",
+                got=repr(steps),
+                expected="a whole number of at least 1",
+                remedy="give PyGLoader(..., steps_per_epoch=...)",
+            )
+        return steps
+
+    def _batch(self, item: Any) -> GraphBatch | None:
+        x, y, edges = (getattr(item, name, None) for name in ("x", "y", "edge_index"))
+        mask = getattr(item, "train_mask", None)
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(edges, Tensor)):
+            raise DataError(
+                "a loader must give Data with x, y and edge_index",
+                got=f"{type(item).__name__} with {sorted(getattr(item, 'keys', list)())}",
+            )
+        # the batch_size of joined graphs is their number
+        seeds = None if isinstance(item, Batch) else getattr(item, "batch_size", None)
+        if mask is None and seeds is None:
+            raise DataError(
+                "a batch does not say which of its nodes to train on",
+                got=f"{type(item).__name__} with {sorted(item.keys())}",
+                expected="train_mask, batch_size or both",
+            )
+        data = self.data
+        if x.size(1) != data.num_features or y.shape[1:] != data.y.shape[1:]:
+            raise DataError(
+                "a batch of the loader does not fit the data",
+                got=f"features of shape {tuple(x.shape)}, labels of shape {tuple(y.shape)}",
+                expected=f"{data.num_features} features, labels {('n', *data.y.shape[1:])}",
+                remedy="build the loader on the Data that make_loader is given",
+            )
+        wanted = torch.ones(x.size(0), dtype=torch.bool) if mask is None else mask.cpu()
+        targets = true_positions(wanted[: x.size(0) if seeds is None else int(seeds)])
+        if not targets.numel():
+            return None
+        device = data.x.device
+        weight = pyg_weight(item)
+        graph = Adjacency(edges, x.size(0), None if weight is None else weight.to(x.dtype))
+        x, graph = x.to(device), graph.to(device)
+        graph.remember(x)
+        y = y[targets.to(y.device)].to(device, data.y.dtype)
+        return GraphBatch(x=x, graph=graph, y=y, targets=targets.to(device))
+
+
+class _RandomStates:
+    """Global random states of torch (CPU), numpy and Python that hold only inside a ``with``."""
+
+    def __init__(self, seed: int) -> None:
+        self._own: tuple[Any, ...] = (
+            torch.Generator().manual_seed(seed).get_state(),
+            np.random.RandomState(seed % 2**32).get_state(),
+            random.Random(seed).getstate(),
+        )
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: Any) -> None:
+        self._swap()
+
+    def _swap(self) -> None:
+        outer = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
+        torch.set_rng_state(self._own[0])
+        np.random.set_state(self._own[1])  # noqa: NPY002
+        random.setstate(self._own[2])
+        self._own = outer
+
+
+def _pyg(data: GraphData) -> Data:
+    data = data.to("cpu")
+    masks = {f"{split}_mask": data.mask(split) for split in ("train", "val", "test")}
+    out = Data(x=data.x, edge_index=data.edge_index, y=data.y, **masks)
+    if data.edge_weight is not None:
+        out.edge_weight = data.edge_weight
+    return out
