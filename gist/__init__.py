@@ -2,6 +2,8 @@
 
 from gist import nn
 from gist.config import TrainConfig
+from gist.costs.costs import Costs
+from gist.costs.estimate import estimate_costs
 from gist.errors import (
     CheckpointError,
     ConfigError,
@@ -12,8 +14,13 @@ from gist.errors import (
     PartitionError,
 )
 from gist.graph.adjacency import Adjacency
+from gist.graph.batch import BatchRecipe, BatchSource, FullGraph, GraphBatch
+from gist.graph.clusters import Cluster
 from gist.graph.data import GraphData
 from gist.graph.datasets import load_dataset, prepare_dataset
+from gist.graph.layer_sampling import LADIES, FastGCN
+from gist.graph.loaders import PyGLoader
+from gist.graph.outline import GraphShape
 from gist.history import RoundRecord, TrainResult
 from gist.partition.builder import Layer, SpecBuilder
 from gist.partition.rules.registry import Rule, register_rule
@@ -23,27 +30,37 @@ from gist.partition.spec import Axis, PartitionSpec
 from gist.partition.wiring import partition_spec
 from gist.trainer import GISTTrainer, SubnetTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
+    "LADIES",
     "Adjacency",
     "Axis",
+    "BatchRecipe",
+    "BatchSource",
     "Bernoulli",
     "Categorical",
     "CheckpointError",
+    "Cluster",
     "ConfigError",
+    "Costs",
     "DataError",
     "DisjointUniform",
     "DivergedError",
+    "FastGCN",
+    "FullGraph",
     "GISTTrainer",
     "GistError",
+    "GraphBatch",
     "GraphData",
+    "GraphShape",
     "Layer",
     "MissingDependencyError",
     "OnHeld",
     "Overlapping",
     "PartitionError",
     "PartitionSpec",
+    "PyGLoader",
     "RoundRecord",
     "Rule",
     "Sampler",
@@ -52,6 +69,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "estimate_costs",
     "load_dataset",
     "nn",
     "partition_spec",

@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gist.errors import CheckpointError
@@ -24,15 +23,25 @@ _KEEP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a run needs in order to go on.
+    """A sound checkpoint: what a run needs in order to go on.
 
     Attributes:
-        tensors: Named sets of tensors, such as ``model``, ``best``, ``optimizer``.
+        folder: Where its files are.
         state: JSON values: round, history, settings, fingerprints.
     """
 
-    tensors: dict[str, dict[str, Tensor]]
+    folder: Path
     state: dict[str, Any]
+
+    def file(self, name: str) -> Path | None:
+        """The safetensors file of a set of tensors, such as ``model``; None where there is none."""
+        path = self.folder / f"{name}.safetensors"
+        return path if path.exists() else None
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """A set of tensors, in memory; empty where there is none."""
+        path = self.file(name)
+        return {} if path is None else load_file(path)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -51,54 +60,38 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Reads a safetensors file that must hold tensors of these names and shapes.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or holds others; names them.
-    """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read", got=error) from error
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in like.items()}
-    differ = sorted(dict(got.items() ^ expected.items()))
-    if differ:
-        raise CheckpointError(
-            f"{path} is of another model",
-            got=", ".join(f"{name} {got.get(name, 'missing')}" for name in differ[:5]),
-            expected=", ".join(f"{name} {expected.get(name, 'none')}" for name in differ[:5]),
-            remedy="build the model with the arguments that it was trained with",
-        )
-    return tensors
-
-
-def save_checkpoint(folder: Path, round: int, checkpoint: Checkpoint) -> Path:
+def save_checkpoint(
+    folder: Path,
+    round: int,
+    *,
+    files: Mapping[str, Callable[[Path], object]],
+    state: Mapping[str, Any],
+    nbytes: int = 0,
+) -> Path:
     """Writes ``folder/round-NNNNNN``; the two newest are kept.
 
     The directory gets its name only when every file in it is complete, and a manifest holds each
     file's size and SHA-256, so that a write cut short is never taken for a checkpoint.
+
+    Args:
+        folder: Where the checkpoints are.
+        round: Rounds done.
+        files: For each set of tensors, what writes its safetensors file to a path.
+        state: JSON values.
+        nbytes: What the files take on the disk, where that may be more than there is room for; the
+            older of two checkpoints then makes room first.
+
+    Raises:
+        CheckpointError: there is no room; nothing was written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"round-{round:06d}"
+    _make_room(folder, nbytes)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
-        for name, tensors in checkpoint.tensors.items():
-            save_tensors(temporary / f"{name}.safetensors", tensors)
-        (temporary / "state.json").write_text(json.dumps(checkpoint.state))
+        for name, write in files.items():
+            write(temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state))
         manifest = {
             "format": FORMAT,
             "files": {file.name: _identify(file) for file in sorted(temporary.iterdir())},
@@ -109,10 +102,33 @@ def save_checkpoint(folder: Path, round: int, checkpoint: Checkpoint) -> Path:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    others = sorted(path for path in folder.glob("round-*") if path != target)
-    for old in others[: 1 - _KEEP]:
-        shutil.rmtree(old)
+    _drop_all_but(_KEEP - 1, [path for path in _checkpoints(folder) if path != target])
     return target
+
+
+def _make_room(folder: Path, nbytes: int) -> None:
+    for unfinished in folder.glob(".writing-*"):  # of a run that was killed
+        shutil.rmtree(unfinished)
+    for keep in (_KEEP, _KEEP - 1):
+        _drop_all_but(keep, _checkpoints(folder))
+        free = shutil.disk_usage(folder).free
+        if free >= nbytes:
+            return
+    raise CheckpointError(
+        "the disk has no room for a checkpoint",
+        got=f"{free:,} bytes free in {folder}",
+        expected=f"{nbytes:,}",
+        remedy="make room, and go on from the last one with resume=...",
+    )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*"))
+
+
+def _drop_all_but(keep: int, checkpoints: list[Path]) -> None:
+    for old in checkpoints[: max(0, len(checkpoints) - keep)]:
+        shutil.rmtree(old)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -153,13 +169,8 @@ def _read(folder: Path) -> Checkpoint:
                     f"{folder / name} is damaged: its size or checksum is not the one written",
                     remedy="use an earlier checkpoint",
                 )
-        tensors = {
-            Path(name).stem: load_file(folder / name)
-            for name in manifest["files"]
-            if name.endswith(".safetensors")
-        }
-        return Checkpoint(tensors=tensors, state=json.loads((folder / "state.json").read_text()))
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        return Checkpoint(folder=folder, state=json.loads((folder / "state.json").read_text()))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder} is damaged", got=str(error)) from error
 
 

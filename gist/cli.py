@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
@@ -17,11 +19,23 @@ from gist.checkpoint import write_atomically
 from gist.compare import compare as run_comparison
 from gist.compare import differing_settings, write_run_config
 from gist.compare import render as render_comparison
-from gist.config import OPTIMIZER_STATES, OPTIMIZERS, SCHEDULES, SubnetSchedule
+from gist.config import (
+    EVALUATIONS,
+    EXECUTORS,
+    OPTIMIZER_STATES,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    STORES,
+    SubnetSchedule,
+)
+from gist.costs.costs import render as render_costs
 from gist.errors import ConfigError, GistError
-from gist.experiment import METHODS, MODELS, Experiment
+from gist.experiment import METHODS, MODELS, Experiment, plan_run
+from gist.graph.batch import training_graph
 from gist.graph.cards import list_cards, load_card
-from gist.graph.datasets import prepare_dataset
+from gist.graph.clusters import Cluster
+from gist.graph.datasets import data_folders, load_dataset, prepare_dataset
 
 app = typer.Typer(
     help="Independent subnet training of graph networks.",
@@ -52,6 +66,32 @@ WeightDecay = Annotated[float | None, typer.Option(help="Weight decay.")]
 Schedule = Annotated[str | None, typer.Option(help=f"Learning rate: {', '.join(SCHEDULES)}.")]
 OptimizerState = Annotated[
     str | None, typer.Option(help=f"Between rounds: {' or '.join(OPTIMIZER_STATES)}.")
+]
+ExecutorOption = Annotated[
+    str | None, typer.Option(help=f"Where subnets run: {', '.join(EXECUTORS)}.")
+]
+SharedBatches = Annotated[
+    bool | None, typer.Option(help="All subnets see the same batches, or each its own.")
+]
+MemoryLimit = Annotated[
+    str | None, typer.Option(help="Memory the run may take, such as 8GiB; default: what is free.")
+]
+KeepBest = Annotated[
+    bool, typer.Option(help="Hand back the best validation round's model, or the last one's.")
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(help=f"Where the parameters live: {' or '.join(STORES)}; disk needs --out."),
+]
+Precision = Annotated[str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Use torch.compile.")]
+Clusters = Annotated[int | None, typer.Option(help="Cut the graph into so many clusters.")]
+ClustersPerBatch = Annotated[int | None, typer.Option(help="Clusters of a batch.")]
+EvaluationOption = Annotated[
+    str | None, typer.Option("--evaluation", help=f"One of {', '.join(EVALUATIONS)}.")
+]
+Inductive = Annotated[
+    bool | None, typer.Option(help="Train on the subgraph of the training nodes alone, or not.")
 ]
 ClipNorm = Annotated[float | None, typer.Option(help="Largest gradient norm.")]
 EarlyStopping = Annotated[
@@ -91,7 +131,17 @@ def train(
     weight_decay: WeightDecay = None,
     schedule: Schedule = None,
     optimizer_state: OptimizerState = None,
-    executor: Annotated[str | None, typer.Option(help="auto or serial.")] = None,
+    clusters: Clusters = None,
+    clusters_per_batch: ClustersPerBatch = None,
+    inductive: Inductive = None,
+    evaluation: EvaluationOption = None,
+    executor: ExecutorOption = None,
+    shared_batches: SharedBatches = None,
+    memory_limit: MemoryLimit = None,
+    store: StoreOption = None,
+    keep_best: KeepBest = True,
+    precision: Precision = None,
+    compile: CompileOption = False,
     clip_norm: ClipNorm = None,
     early_stopping: EarlyStopping = None,
     eval_every: EvalEvery = None,
@@ -172,6 +222,16 @@ def compare(
     weight_decay: WeightDecay = None,
     schedule: Schedule = None,
     optimizer_state: OptimizerState = None,
+    clusters: Clusters = None,
+    clusters_per_batch: ClustersPerBatch = None,
+    inductive: Inductive = None,
+    evaluation: EvaluationOption = None,
+    executor: ExecutorOption = None,
+    shared_batches: SharedBatches = None,
+    memory_limit: MemoryLimit = None,
+    keep_best: KeepBest = True,
+    precision: Precision = None,
+    compile: CompileOption = False,
     clip_norm: ClipNorm = None,
     early_stopping: EarlyStopping = None,
     eval_every: EvalEvery = None,
@@ -248,10 +308,89 @@ def doctor(json_file: JsonFile = None) -> None:
         _console.print(render(diagnosis))
 
 
+def _takes_options_of(
+    command: Callable[..., None], *, without: tuple[str, ...]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds another command's parameters, but for some, to those of a command with ``**settings``.
+
+    So the two cannot drift apart: what one takes, the other takes.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        hints |= get_type_hints(function, include_extras=True)
+        own = inspect.signature(function).parameters
+        parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters += [
+            parameter
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name not in {*own, *without}
+        ]
+        parameters = [p.replace(annotation=hints[p.name]) for p in parameters]
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in parameters}
+        return function
+
+    return decorate
+
+
+@app.command()
+@_takes_options_of(train, without=("resume",))
+def plan(
+    dataset: Annotated[
+        str | None, typer.Argument(help="Name of a dataset; none where all sizes are given.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the graph.")] = None,
+    edges: Annotated[
+        int | None, typer.Option(min=0, help="Its directed edges: an undirected one counts twice.")
+    ] = None,
+    features: Annotated[int | None, typer.Option(min=1, help="Input features.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Outputs per node.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that the subnets are spread over.")
+    ] = 1,
+    **settings: Any,
+) -> None:
+    """Say what a run takes in memory, disk, exchange and computation, before it is started."""
+    _use(settings["threads"], settings["device"])
+    sizes = {"num_nodes": nodes, "num_edges": edges}
+    sizes |= {"num_features": features, "num_classes": classes}
+    subnets = settings["subnets"]
+    costs = plan_run(
+        dataset,
+        sizes={name: size for name, size in sizes.items() if size is not None},
+        method=settings["method"],
+        data_options=_pairs(settings["data"]),
+        settings={
+            **_given(settings, _TRAIN_SETTINGS),
+            **({} if subnets is None else {"num_subnets": parse_subnets(subnets)}),
+            "deterministic": settings["deterministic"],
+            "fast_dev_run": settings["fast_dev_run"],
+        },
+        seed=settings["seed"],
+        device=settings["device"],
+        workers=workers,
+    )
+    json_file = settings["json_file"]
+    _write_json(json_file, {**costs.to_json(), "command": _command()})
+    if json_file != Path("-"):
+        _console.print(render_costs(costs))
+
+
 @app.command()
 def prepare(
     dataset: Annotated[str | None, typer.Argument(help="Name of a dataset.")] = None,
     list_datasets: Annotated[bool, typer.Option("--list", help="List the datasets.")] = False,
+    clusters: Annotated[
+        int | None, typer.Option(help="Also cut the graph into so many clusters, and keep the cut.")
+    ] = None,
+    clusters_per_batch: Annotated[
+        int, typer.Option(help="Say what batches of so many clusters keep.")
+    ] = 1,
+    inductive: Annotated[
+        bool, typer.Option(help="Cut the subgraph of the training nodes, or the whole graph.")
+    ] = False,
+    data: DataOption = None,
 ) -> None:
     """Download and verify a dataset: the only command that uses the network."""
     if list_datasets or dataset is None:
@@ -263,6 +402,20 @@ def prepare(
         f"{dataset} is generated: nothing to download"
         if place is None
         else f"{dataset} is ready in {place}",
+        soft_wrap=True,
+    )
+    if clusters is None:
+        return
+    folder = data_folders(None)[-1] / "clusters"
+    graph = load_dataset(dataset, **_pairs(data))
+    source = Cluster(num_parts=clusters, parts_per_batch=clusters_per_batch, cache=folder).bind(
+        training_graph(graph) if inductive else graph
+    )
+    sizes = source.parts.bincount()
+    _console.print(
+        f"{source.num_clusters} clusters of {int(sizes.min()):,} to {int(sizes.max()):,} nodes, "
+        f"{100 * source.edges_within:.1f}% of the edges within them; batches of "
+        f"{clusters_per_batch} keep {100 * source.kept_edges:.1f}%; cut kept in {folder}",
         soft_wrap=True,
     )
 
@@ -309,7 +462,17 @@ _TRAIN_SETTINGS = (
     "weight_decay",
     "schedule",
     "optimizer_state",
+    "clusters",
+    "clusters_per_batch",
+    "inductive",
+    "evaluation",
     "executor",
+    "shared_batches",
+    "memory_limit",
+    "store",
+    "keep_best",
+    "precision",
+    "compile",
     "clip_norm",
     "early_stopping",
     "eval_every",

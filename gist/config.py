@@ -277,6 +277,11 @@ class GraphConfig:
         if self.clusters is not None and self.batches is not None:
             raise ConfigError("give either clusters or batches, not both")
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; other batches than clusters by the name of their recipe."""
+        recipe = None if self.batches is None else type(self.batches).__name__
+        return {**vars(self), "batches": recipe}
+
 
 def split_settings(settings: dict[str, Any], *kinds: Any) -> list[dict[str, Any]]:
     """Keyword arguments, dealt to the config classes that know them.

@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import psutil
 import scipy.sparse as sp
@@ -22,21 +23,21 @@ import torch.distributed
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gist
-from gist.errors import DataError
+from gist.errors import ConfigError, DataError
+from gist.execution import allocator
 from gist.graph import datasets
 from gist.graph.cards import list_cards, load_card
-from gist.graph.sparse import SparseMatrix
+from gist.graph.sparse import KERNEL_VARIABLE, SparseMatrix, product_kernel
 
 Status = Literal["ok", "missing", "warning"]
 
 _LOOKS = {"ok": ("✓", "green"), "missing": ("–", "dim"), "warning": ("!", "bold yellow")}
-_WHY = {
-    "embedding-bag kernel": "limited by memory alone, several times faster than a CSR product",
-    "sparse CSR product": "the embedding-bag kernel is far slower in this precision",
-    "cuSPARSE CSR product": "the embedding-bag kernel is for CPUs",
+_KERNELS = {
+    ("embedding_bag", "cpu"): "embedding-bag kernel: limited by memory alone",
+    ("sparse_csr", "cpu"): "sparse CSR product: the embedding-bag kernel is far slower in float64",
+    ("sparse_csr", "cuda"): "cuSPARSE CSR product: the embedding-bag kernel is for CPUs",
 }
 
 
@@ -76,6 +77,8 @@ def diagnose() -> Diagnosis:
         _cuda(),
         _collectives(),
         *_products(),
+        _freed_memory(),
+        *_huge_pages(),
         Check(name="torch-geometric", status="ok", detail=version("torch-geometric")),
         _imported("pymetis", "pip install pymetis"),
         _dgl(),
@@ -183,39 +186,58 @@ def _collectives() -> Check:
 
 
 def _products() -> Iterator[Check]:
-    """Which kernel multiplies with the graph: seen by multiplying with a tiny one."""
+    """Which kernel multiplies with the graph, and whether it does: tried on a tiny one."""
+    named = os.environ.get(KERNEL_VARIABLE)
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in (torch.float32, torch.float64):
             name = f"graph product, {device} {str(dtype).removeprefix('torch.')}"
             matrix = SparseMatrix.from_scipy(sp.eye(2, format="csr", dtype="float32")).to(device)
             x = torch.ones(2, 1, dtype=dtype, device=device)
             try:
-                with warnings.catch_warnings(), _Operators() as seen:
+                kernel = product_kernel(device, dtype)
+                with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch calls sparse CSR tensors beta
                     right = torch.equal(matrix @ x, x)
-            except RuntimeError as error:
+            except (RuntimeError, ConfigError) as error:
                 detail = f"fails: {str(error).splitlines()[0]}"
-                yield Check(name=name, status="warning", detail=detail, remedy="reinstall torch")
+                remedy = "reinstall torch" if named is None else f"unset {KERNEL_VARIABLE}"
+                yield Check(name=name, status="warning", detail=detail, remedy=remedy)
                 continue
-            bag = any("embedding_bag" in operator for operator in seen.names)
-            csr = "sparse CSR product" if device == "cpu" else "cuSPARSE CSR product"
-            kernel = "embedding-bag kernel" if bag else csr
-            detail = f"{kernel}: {_WHY[kernel] if right else 'the result is wrong'}"
-            yield Check(name=name, status="ok" if right else "warning", detail=detail)
+            found = _KERNELS[kernel, device] if named is None else f"{kernel} ({KERNEL_VARIABLE})"
+            if right:
+                yield Check(name=name, status="ok", detail=found)
+            else:
+                detail = f"{kernel}: the result is wrong"
+                yield Check(name=name, status="warning", detail=detail, remedy="reinstall torch")
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the names of the operators that run inside it."""
+def _freed_memory() -> Check:
+    why = allocator.obstacle()
+    detail = "kept for the next step where there is room" if why is None else f"not kept: {why}"
+    return Check(name="freed memory", status="ok", detail=detail)
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def _huge_pages() -> Iterator[Check]:
+    """Whether large tensors get pages of 2 MiB instead of 4 KiB."""
+    try:
+        modes = _HUGE_PAGES.read_text().split()
+    except OSError:
+        return
+    mode = next((mode.strip("[]") for mode in modes if mode.startswith("[")), "never")
+    asked = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    if mode == "always" or (mode == "madvise" and asked):
+        yield Check(name="huge pages", status="ok", detail=f"used for large tensors ({mode})")
+        return
+    remedy = f"write madvise into {_HUGE_PAGES}, and " if mode == "never" else ""
+    yield Check(
+        name="huge pages",
+        status="missing",
+        detail=f"not used ({mode}): clearing large tensors' pages takes longer",
+        remedy=f"{remedy}set THP_MEM_ALLOC_ENABLE=1 in the environment",
+    )
 
 
 def _imported(package: str, remedy: str) -> Check:

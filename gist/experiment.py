@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 
 import gist
 from gist.baselines import full_model_settings
 from gist.config import TrainConfig
+from gist.costs.costs import Costs
+from gist.costs.estimate import estimate_costs
 from gist.errors import ConfigError
 from gist.graph.cards import load_card
 from gist.graph.data import GraphData
 from gist.graph.datasets import load_dataset
+from gist.graph.outline import GraphShape
 from gist.history import TrainResult
 from gist.nn import GAT, GCN, GraphSAGE
 from gist.partition.streams import seeded
@@ -23,6 +28,7 @@ from gist.trainer import GISTTrainer
 
 MODELS = ("gcn", "sage", "sage-concat", "gat")
 METHODS = ("gist", "full")
+GRAPH_SIZES = ("num_nodes", "num_edges", "num_features", "num_classes")
 MODEL_SETTINGS = ("model", "hidden", "layers", "norm", "dropout", "heads")
 
 
@@ -35,7 +41,8 @@ class Experiment:
         method: ``"gist"``, or ``"full"`` for ordinary training of the whole model.
         data_options: Options of the dataset.
         settings: Model settings (model, hidden, layers, norm, dropout, heads) and the attributes of
-            :class:`~gist.config.TrainConfig`; what is not given comes from the dataset's card.
+            :class:`~gist.config.GraphConfig` and :class:`~gist.config.TrainConfig`; what is not
+            given comes from the dataset's card.
         seed: Of initialisation and training.
     """
 
@@ -85,7 +92,17 @@ class Experiment:
         """
         settings = self.resolved()
         model_settings = {k: settings.pop(k) for k in MODEL_SETTINGS if k in settings}
-        model = build_model(data, seed=self.seed, **model_settings).to(device)
+        if settings.get("store") == "disk":
+            if device != "cpu":
+                raise ConfigError(
+                    "a store on disk holds a model of the CPU",
+                    got=f"device={device!r}",
+                    remedy="use store='memory', or device='cpu'",
+                )
+            with torch.device("meta"):  # its file is initialised instead, from the same seed
+                model = build_model(data, seed=self.seed, **model_settings)
+        else:
+            model = build_model(data, seed=self.seed, **model_settings).to(device)
         return GISTTrainer(model, data, **settings)
 
     def summary(self, trainer: GISTTrainer, result: TrainResult) -> dict[str, Any]:
@@ -108,14 +125,67 @@ class Experiment:
             **{k: v for k, v in result.to_json().items() if k != "best"},
             "best_round": result.best.round,
             "rounds": len(result.history),
-            "settings": trainer.config.to_json(),
+            "settings": {**trainer.config.to_json(), **trainer.graph_config.to_json()},
             "model_settings": {k: settings[k] for k in MODEL_SETTINGS if k in settings},
             "versions": versions(),
         }
 
 
+def plan_run(
+    dataset: str | None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    method: str = "gist",
+    data_options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int = 1,
+) -> Costs:
+    """What a run takes, from names and sizes: nothing is loaded, and nothing built.
+
+    Args:
+        dataset: As for :class:`Experiment`; None for a graph of the given sizes, with the defaults
+            of :class:`~gist.config.TrainConfig` and :func:`build_model`.
+        sizes: ``num_nodes``, ``num_edges``, ``num_features`` and ``num_classes``; all of them
+            without a dataset, else those that differ from its card's.
+        method: As for :class:`Experiment`.
+        data_options: As for :class:`Experiment`.
+        settings: As for :class:`Experiment`.
+        seed: As for :class:`Experiment`.
+        device: Where the run is to be.
+        workers: Processes that the subnets are spread over.
+
+    Raises:
+        ConfigError: a setting that cannot be used, or a size that is missing.
+        PartitionError: a model that cannot be partitioned into that many subnets.
+    """
+    given: dict[str, Any] = dict(sizes or {})
+    settings = dict(settings or {})
+    if dataset is not None:
+        options = dict(data_options or {})
+        shape = replace(GraphShape.of_dataset(dataset, options), **given)
+        run = Experiment(dataset=dataset, method=method, settings=settings, seed=seed)
+        settings = run.resolved()
+    else:
+        if missing := [name for name in GRAPH_SIZES if name not in given]:
+            raise ConfigError(
+                "a graph without a name needs all of its sizes",
+                got=f"no {', '.join(missing)}",
+                remedy="give them, or the name of a dataset",
+            )
+        shape = GraphShape(**given)
+        settings = {**settings, "seed": seed}
+        settings = full_model_settings(settings) if method == "full" else settings
+    model_settings = {k: settings.pop(k) for k in MODEL_SETTINGS if k in settings}
+    settings.setdefault("out", "run")  # nothing is written
+    with torch.device("meta"):
+        model = build_model(shape, seed=seed, **model_settings)
+    return estimate_costs(model, shape, workers=workers, device=device, **settings)
+
+
 def build_model(
-    data: GraphData,
+    data: GraphData | GraphShape,
     *,
     model: str = "gcn",
     hidden: int = 256,
@@ -156,6 +226,6 @@ def build_model(
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    packages = ("torch", "torch-geometric", "numpy", "scipy")
+    packages = ("torch", "torch-geometric", "numpy", "scipy", "pymetis")
     own = {"gist": gist.__version__, "python": platform.python_version()}
     return own | {name: version(name) for name in packages}

@@ -62,6 +62,9 @@ class RoundRecord:
 class TrainResult:
     """The outcome of a run.
 
+    ``val_metric`` and ``test_metric`` are those of the best round, also where ``keep_best=False``
+    hands back the model of the last one, whose test metric is ``last_test_metric``.
+
     Attributes:
         history: One record per round.
         best: The evaluated round with the best validation metric.

@@ -6,8 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,23 @@ from torch import Tensor, nn
 
 from gist import checkpoint
 from gist.batchnorm import recalibrate_batchnorm
-from gist.checkpoint import Checkpoint, save_tensors, write_atomically
+from gist.checkpoint import write_atomically
 from gist.config import GraphConfig, TrainConfig, split_settings
+from gist.costs.room import Room, find_room
 from gist.errors import CheckpointError, ConfigError, PartitionError
+from gist.execution.allocator import gives_back_freed_memory, keeps_freed_memory
 from gist.execution.auto import AutoExecutor
 from gist.execution.local import make_optimizer
 from gist.execution.make import make_executor
-from gist.execution.memory import PeakMemory
+from gist.execution.mapped import MODEL_FILE, make_store
+from gist.execution.memory import PeakMemory, free_memory
 from gist.execution.objective import Objective
+from gist.execution.tensorfile import FileLayout, write_tensors
+from gist.graph.batch import BatchRecipe, FullGraph
+from gist.graph.clusters import Cluster
 from gist.graph.data import GraphData
+from gist.graph.inference import Inference, default_memory_limit
+from gist.graph.layerwise import layerwise_obstacle
 from gist.graph.objective import GraphObjective
 from gist.history import RoundRecord, TrainResult, write_history
 from gist.modes import keeps_modes
@@ -34,9 +43,9 @@ from gist.partition.transfer import held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import RoundPlan, plan_rounds
 from gist.progress import RoundProgress
-from gist.verify import verify_grouping, verify_wiring
+from gist.verify import small_model, verify_grouping, verify_wiring
 
-_FREE_ON_RESUME = ("out", "callbacks", "progress", "checkpoint_every", "early_stopping")
+_FREE_ON_RESUME = ("out", "callbacks", "progress", "checkpoint_every", "early_stopping", "store")
 
 
 class SubnetTrainer:
@@ -47,7 +56,8 @@ class SubnetTrainer:
     more subnets than the smallest group has units.
 
     Args:
-        model: The global model; trained in place, on the device it is on.
+        model: The global model; trained in place, on the device it is on. For a store on disk it
+            may be on the ``meta`` device: it is then initialised in its file.
         objective: The data side.
         wiring: For a model whose wiring is not known; see
             :func:`~gist.partition.wiring.partition_spec`.
@@ -55,9 +65,12 @@ class SubnetTrainer:
         **settings: The attributes of :class:`~gist.config.TrainConfig`.
 
     Attributes:
-        model: The global model; after :meth:`fit`, in its best validation round.
+        model: The global model; after :meth:`fit`, in its best validation round, or in the last
+            with ``keep_best=False``.
+        store: Where its tensors live.
         spec: Its partition spec.
         rounds: The plan of every round.
+        room: What the run takes in memory, and what it may take; None where that is not known.
         wiring_error: Largest relative difference between a subnet and the masked whole model that
             the verification saw; rounding, where the wiring is right.
         history: One record per round so far.
@@ -85,28 +98,36 @@ class SubnetTrainer:
         self.spec: PartitionSpec = partition_spec(model, wiring)
         self._check_subnets()
         self.rounds = plan_rounds(self.config, objective.steps_per_epoch)
-        objective.check(model)
-        inputs, keywords = objective.sample_inputs(model)
+        small = small_model(model, self.spec, self.config.seed)
+        objective.check(small)
+        self.room = self._find_room()
+        inputs, keywords = objective.sample_inputs(small)
         self.wiring_error = verify_wiring(
             model, inputs, keywords, wiring=wiring, seed=self.config.seed
         )
-        make_optimizer(self.config, model.parameters())  # refuses one that cannot be made
+        make_optimizer(self.config, small.parameters())  # refuses one that cannot be made
+        if self.config.out is not None:
+            _make_folder(Path(self.config.out))
+        self.store = make_store(model, self.spec, self.config)
         self.executor = make_executor(
             model,
             self.spec,
             objective,
             self.config,
+            store=self.store,
+            most=None if self.room is None else self.room.most,
             check_grouping=lambda: verify_grouping(
-                model, objective.sample_inputs, wiring=wiring, seed=self.config.seed
+                model,
+                objective.sample_inputs,
+                loss=self._sample_loss,
+                wiring=wiring,
+                seed=self.config.seed,
             ),
             say=self._say,
         )
-        if self.config.out is not None:
-            _make_folder(Path(self.config.out))
         self.history: list[RoundRecord] = []
         self.best: RoundRecord | None = None
         self.result: TrainResult | None = None
-        self._best_tensors: dict[str, Tensor] = {}
 
     def fit(self, resume: str | Path | None = None) -> TrainResult:
         """Trains for the whole budget (GIST, Algorithm 1).
@@ -116,7 +137,8 @@ class SubnetTrainer:
                 as if it had never stopped.
 
         Returns:
-            History, best round, metrics and costs; ``self.model`` holds the best round.
+            History, best round, metrics and costs; ``self.model`` holds the best round, or the last
+            with ``keep_best=False``.
 
         Raises:
             ConfigError: it has run before.
@@ -136,6 +158,7 @@ class SubnetTrainer:
         memory = PeakMemory(self.device)
         pending = self.rounds[len(self.history) :]
         with (
+            self._room_kept(),
             self._as_found(),
             RoundProgress(len(self.rounds), len(self.history), self.config.progress) as progress,
         ):
@@ -150,7 +173,7 @@ class SubnetTrainer:
             if self.history[-1].val_metric is None:  # stopped between two evaluations
                 self._evaluate_round(self.rounds[self.history[-1].round])
         self.result = self._result(memory.bytes())
-        self._load(self._best_tensors)
+        self.store.recall()
         if self.config.out is not None:
             self.save(Path(self.config.out))
         return self.result
@@ -233,9 +256,27 @@ class SubnetTrainer:
         self.history[-1] = record
         if record.is_better_than(self.best):
             self.best = record
-            self._best_tensors = {
-                name: tensor.detach().clone() for name, tensor in model_tensors(self.model).items()
-            }
+            if self.config.keep_best:
+                self.store.keep()
+
+    def _find_room(self) -> Room | None:
+        """What the run takes in memory, and what it may take; None where that is not known."""
+        return None
+
+    @contextmanager
+    def _room_kept(self) -> Iterator[None]:
+        """Keeps freed memory for the next step where there is room for that, else none of it."""
+        if self.room is None or self.room.needed is None or self.device.type != "cpu":
+            yield
+            return
+        with keeps_freed_memory(self.room.needed, self.room.limit) as kept, ExitStack() as stack:
+            if not kept:
+                stack.enter_context(gives_back_freed_memory())
+            yield
+
+    def _sample_loss(self, model: nn.Module) -> Tensor:
+        (batch,) = self.objective.batches(seed=self.config.seed, round=0, subnet=0, steps=1)
+        return self.objective.loss(model, batch)
 
     def _say(self, text: str) -> None:
         if self.config.progress is not False:
@@ -293,7 +334,7 @@ class SubnetTrainer:
                 :meth:`fit`, ``result.json``.
         """
         folder = Path(folder)
-        save_tensors(folder / "model.safetensors", model_tensors(self.model))
+        self.store.write(folder / MODEL_FILE)
         picked = {"executor": self.executor.name, "executor_choices": self.executor_choices}
         write_atomically(folder / "config.json", json.dumps(self.describe() | picked, indent=1))
         write_history(folder / "history.jsonl", self.history)
@@ -309,8 +350,7 @@ class SubnetTrainer:
         Raises:
             CheckpointError: there is no model in it, or one of other tensors.
         """
-        path = Path(folder) / "model.safetensors"
-        self._load(checkpoint.load_tensors(path, like=model_tensors(self.model)))
+        self.store.read(Path(folder) / MODEL_FILE)
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON values: model, groups, settings."""
@@ -340,20 +380,32 @@ class SubnetTrainer:
         """
         if self.config.out is None:
             raise ConfigError("a checkpoint needs a directory", remedy="give out='runs/name'")
-        tensors = {"model": dict(model_tensors(self.model)), "best": self._best_tensors}
+        files = {"model": self.store.write}
+        if self.store.has_kept:
+            files["best"] = self.store.write_kept
         if state := self.executor.state_dict():
-            tensors["executor"] = state
+            files["executor"] = partial(write_tensors, tensors=state)
         values = {
             "run": self.describe(),
             "history": [asdict(record) for record in self.history],
             "best_round": None if self.best is None else self.best.round,
             "executor_choices": self.executor_choices,
+            **self._more_choices(),
         }
         return checkpoint.save_checkpoint(
             Path(self.config.out) / "checkpoints",
             len(self.history),
-            Checkpoint(tensors=tensors, state=values),
+            files=files,
+            state=values,
+            nbytes=FileLayout.of(model_tensors(self.model)).nbytes,
         )
+
+    def _more_choices(self) -> dict[str, Any]:
+        """What else was decided on this machine and is to stay as it is when the run is resumed."""
+        return {}
+
+    def _restore_more(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`_more_choices` gave."""
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Takes over the state of a checkpoint of the same run.
@@ -376,11 +428,16 @@ class SubnetTrainer:
                 expected=", ".join(f"{key}={flat_theirs.get(key)!r}" for key in differ[:3]),
                 remedy="resume with the settings, model and data it was made with",
             )
-        self._load(found.tensors["model"])
-        self._best_tensors = found.tensors["best"]
-        self.executor.load_state_dict(found.tensors.get("executor", {}))
+        model, kept = found.file("model"), found.file("best")
+        if model is None:
+            raise CheckpointError(f"{found.folder} holds no model")
+        self.store.read(model)
+        if kept is not None:
+            self.store.read_kept(kept)
+        self.executor.load_state_dict(found.tensors("executor"))
         if isinstance(self.executor, AutoExecutor):
             self.executor.restore_choices(found.state["executor_choices"])
+        self._restore_more(found.state)
         self.history = [RoundRecord(**record) for record in found.state["history"]]
         best = found.state["best_round"]
         self.best = None if best is None else self.history[best]
@@ -396,18 +453,13 @@ class SubnetTrainer:
                 remedy="go on from them with resume=..., give another out, or delete them",
             )
 
-    @torch.no_grad()
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in model_tensors(self.model).items():
-            tensor.copy_(tensors[name])
-
     @contextmanager
     def _as_found(self) -> Iterator[None]:
         """Leaves training modes and the determinism switch as they were found."""
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(deterministic or self.config.deterministic)
         try:
-            with keeps_modes(self.model):
+            with keeps_modes(self.model), self.store.reading():
                 yield
         finally:
             torch.use_deterministic_algorithms(deterministic)
@@ -419,6 +471,9 @@ class GISTTrainer(SubnetTrainer):
     >>> trainer = GISTTrainer(model, data, num_subnets=8, local_steps=20, epochs=400)
     >>> result = trainer.fit()
     >>> trainer.evaluate("test")
+
+    Graphs larger than a step train on clusters: ``clusters=1500, clusters_per_batch=10``, or on
+    other batches: ``batches=LADIES(nodes_per_layer=(512, 512))``.
 
     Args:
         model: A :mod:`gist.nn` model, a PyG ``GCN``, ``GraphSAGE``, ``GAT`` or ``GIN``, or any
@@ -449,21 +504,85 @@ class GISTTrainer(SubnetTrainer):
         self.data = data
         graph, training = split_settings(settings, GraphConfig, TrainConfig)
         self.graph_config = GraphConfig(**graph)
-        objective = GraphObjective(data, _device_of(model), self.graph_config.batches)
+        if config is None:  # checked before a graph is cut
+            config, training = TrainConfig.from_settings(training), {}
+        objective = GraphObjective(
+            data,
+            _device_of(model),
+            _recipe(self.graph_config),
+            inductive=self.graph_config.inductive,
+            evaluation=_evaluation(self.graph_config, config, model),
+        )
         super().__init__(model, objective, wiring=wiring, config=config, **training)
+        with self._as_found():
+            objective.choose_inference(self.model, self._inference_limit())
 
     @property
     def metric(self) -> str:
         """Name of the data's metric."""
         return self.data.metric
 
+    def _find_room(self) -> Room | None:
+        assert isinstance(self.objective, GraphObjective)
+        return find_room(self.model, self.spec, self.objective, self.config, self.device)
+
+    def describe(self) -> dict[str, Any]:
+        """The run as JSON values: model, groups, settings, batches."""
+        assert isinstance(self.objective, GraphObjective)
+        return {**super().describe(), **self.objective.describe()}
+
     @torch.no_grad()
     def predict(self) -> Tensor:
         """Scores of every node by the model as it is now: ``[N, num_classes]``."""
         assert isinstance(self.objective, GraphObjective)
-        data = self.objective.data
         with self._as_found():
-            return self.objective.scores(self.model.eval(), data.x, data.adjacency)
+            return self.objective.predict(self.model.eval())
+
+    def _more_choices(self) -> dict[str, Any]:
+        assert isinstance(self.objective, GraphObjective)
+        inference = self.objective.inference
+        return {"inference": None if inference is None else asdict(inference)}
+
+    def _restore_more(self, state: dict[str, Any]) -> None:
+        assert isinstance(self.objective, GraphObjective)
+        chosen = state.get("inference")
+        if chosen is not None and chosen["memory_limit"] <= free_memory(self.device):
+            self.objective.inference = Inference(**chosen)
+
+    def _inference_limit(self) -> int:
+        """Bytes that an evaluation may take beside the model, a copy of it, and the data."""
+        if self.room is not None and self.room.evaluation is not None:
+            return self.room.evaluation
+        limit = self.config.memory_limit
+        if limit is None:
+            return default_memory_limit(self.device, free_memory(self.device))
+        assert isinstance(limit, int), "parsed by TrainConfig"
+        held = [self.data.x, self.data.y, self.data.edge_index]
+        if self.config.store == "memory":
+            held += list(model_tensors(self.model).values()) * (1 + self.config.keep_best)
+        return max(limit - sum(tensor.nbytes for tensor in held), 0)
+
+
+def _recipe(config: GraphConfig) -> BatchRecipe:
+    if config.clusters is not None:
+        return Cluster(num_parts=config.clusters, parts_per_batch=config.clusters_per_batch)
+    recipe = FullGraph() if config.batches is None else config.batches
+    if not isinstance(recipe, BatchRecipe):
+        raise ConfigError(
+            "batches must be a recipe",
+            got=repr(recipe),
+            expected="Cluster, LADIES, FastGCN, PyGLoader or a gist.BatchRecipe of your own",
+            remedy="put a loader of PyTorch Geometric into gist.PyGLoader"
+            if hasattr(recipe, "__iter__")
+            else None,
+        )
+    return recipe
+
+
+def _evaluation(config: GraphConfig, training: TrainConfig, model: nn.Module) -> str:
+    """How to evaluate; a model on disk passes by in blocks, where it can."""
+    on_disk = training.store == "disk" and layerwise_obstacle(model) is None
+    return "layerwise" if config.evaluation == "auto" and on_disk else config.evaluation
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -474,7 +593,7 @@ def _device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise PartitionError(f"{type(model).__name__} has no parameters to train")
-    return parameter.device
+    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
 def _make_folder(folder: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gist.errors import PartitionError
+from gist.execution.initialise import has_no_memory, initialise, place_model
 from gist.partition.assignment import Assignment
 from gist.partition.grouped.grouping import NotGroupableError
 from gist.partition.grouped.model import group_model
@@ -23,6 +26,7 @@ from gist.partition.wiring import Wiring, partition_spec
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _LARGE_MODEL_ENTRIES = 50_000_000
+_FEW_UNITS = 8
 
 
 @torch.no_grad()
@@ -159,69 +163,128 @@ def verify_grouping(
     model: nn.Module,
     sample: Callable[[nn.Module], tuple[Any, Mapping[str, Any]]],
     *,
+    loss: Callable[[nn.Module], Tensor] | None = None,
     wiring: Wiring | None = None,
     seed: int = 0,
 ) -> float:
     """Refuses a model whose subnets do not compute side by side what they compute alone.
 
-    Two subnets of one shape are run alone and as one grouped model, in evaluation mode; the grouped
-    one takes a training step as well. Works on a perturbed copy, narrowed where it is large.
+    Two subnets of one shape and few units are run alone and as one grouped model, in evaluation
+    mode and, where they draw nothing at random, in training mode. Works on a perturbed copy.
 
     Args:
         model: The model; left as it is.
         sample: Gives positional arguments and keywords of a model's forward pass.
+        loss: Training loss of a model on some batch: a scalar, and ``[2]`` of the grouped model;
+            checked too where it is given.
         wiring: See :func:`~gist.partition.wiring.partition_spec`.
-        seed: Seed of the perturbation and of the two subnets.
+        seed: Seed of the perturbation, of the two subnets and of what ``sample`` and ``loss`` draw.
 
     Returns:
         The largest relative difference seen.
 
     Raises:
         NotGroupableError: a layer has no grouped form, or the grouped model cannot run, or puts
-            out something else.
+            out something else, or its loss is not one for each subnet.
     """
+    name = type(model).__name__
     with seeded("verify grouping", seed), without_caches(model):
-        trial = _trial_model(model, partition_spec(model, wiring), seed)
-        spec = partition_spec(trial, wiring)
-        _perturb(trial)
-        held = {
-            group: tuple(torch.randperm(size)[: max(1, size // 2)].sort().values for _ in range(2))
-            for group, size in spec.sizes.items()
-        }
-        assignment = Assignment(round=0, sizes=spec.sizes, held=held)
-        alone = [
-            build_subnet(trial, spec, assignment, i, width_correction=False).eval() for i in (0, 1)
-        ]
-        grouped = group_model(alone[0], spec, {}, 2).eval()
-        with torch.no_grad():
-            for name, tensor in model_tensors(grouped).items():
-                for i, narrow in enumerate(alone):
-                    tensor[i].copy_(model_tensors(narrow)[name])
-        inputs, keywords = sample(alone[0])
-        expected = torch.stack([narrow(*inputs, **keywords) for narrow in alone], dim=1).detach()
-        inputs, keywords = sample(grouped)
-        try:
-            got: Tensor = grouped(*inputs, **keywords).detach()
-            grouped.train()(*inputs, **keywords).sum().backward()
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise NotGroupableError(
-                f"{type(model).__name__} cannot run on features [n, m, k] of m subnets",
-                got=str(error).splitlines()[0],
-                remedy="use executor='serial'",
-            ) from error
+        alone, grouped = _side_by_side(model, wiring, seed)
+
+        def output(model: nn.Module, training: bool, drawn: int = seed) -> Tensor:
+            with seeded("sample", seed):
+                inputs, keywords = sample(model)
+            with seeded("forward", drawn):
+                out: Tensor = model.train(training)(*inputs, **keywords)
+            return out
+
+        def outputs(training: bool, drawn: int = seed) -> Tensor:
+            each = [output(narrow, training, drawn) for narrow in alone]
+            return torch.stack(each, dim=1).detach()
+
+        what = f"{name} does not compute side by side what its subnets compute alone"
+        worst = 0.0
+        for training in (False, True):
+            with _refusing(f"{name} cannot run on features [n, m, k] of m subnets"):
+                expected, got = outputs(training), output(grouped, training)
+                if training:
+                    got.sum().backward()  # type: ignore[no-untyped-call]
+                draws = training and not torch.equal(expected, outputs(training, seed + 1))
+            if not draws:
+                worst = max(worst, _relative_difference(got.detach(), expected, what))
+        if loss is not None:
+            worst = max(worst, _loss_difference(model, loss, wiring, seed))
+    return worst
+
+
+@torch.no_grad()
+def _loss_difference(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], wiring: Wiring | None, seed: int
+) -> float:
+    def value(model: nn.Module) -> Tensor:
+        with seeded("loss", seed):
+            return loss(model)
+
+    alone, grouped = _side_by_side(model, wiring, seed)  # which have not run yet
+    expected = torch.stack([value(narrow) for narrow in alone])
+    with _refusing("the loss is not made for scores [n, m, C] of m subnets"):
+        got = value(grouped)
+    what = "the loss is not one for each of m subnets with scores [n, m, C]"
+    return _relative_difference(got, expected, what)
+
+
+def _side_by_side(
+    model: nn.Module, wiring: Wiring | None, seed: int
+) -> tuple[list[nn.Module], nn.Module]:
+    # Two subnets of few units, alone and as one grouped model, all in evaluation mode.
+    trial = _trial_model(model, partition_spec(model, wiring), seed)
+    spec = partition_spec(trial, wiring)
+    _perturb(trial)
+    held = {
+        group: tuple(torch.randperm(size)[:few].sort().values for _ in range(2))
+        for group, size in spec.sizes.items()
+        for few in [max(1, min(_FEW_UNITS, size // 2))]
+    }
+    assignment = Assignment(round=0, sizes=spec.sizes, held=held)
+    alone = [
+        build_subnet(trial, spec, assignment, i, width_correction=False).eval() for i in (0, 1)
+    ]
+    grouped = group_model(alone[0], spec, {}, 2).eval()
+    with torch.no_grad():
+        for name, tensor in model_tensors(grouped).items():
+            for i, narrow in enumerate(alone):
+                tensor[i].copy_(model_tensors(narrow)[name])
+    return alone, grouped
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    # Code that was written for one subnet may fail, or warn, in any way on several.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise NotGroupableError(
+            what,
+            got=(str(error) or type(error).__name__).splitlines()[0],
+            remedy="use executor='serial'",
+        ) from error
+
+
+def _relative_difference(got: Tensor, expected: Tensor, what: str) -> float:
     if got.shape != expected.shape:
         raise NotGroupableError(
-            f"{type(model).__name__} does not keep subnets apart",
-            got=tuple(got.shape),
+            what,
+            got=f"shape {tuple(got.shape)}",
             expected=tuple(expected.shape),
+            remedy="use executor='serial'",
         )
     scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     difference = float((got - expected).abs().max() / scale)
     if not difference <= _TOLERANCE.get(expected.dtype, 3e-2):
         raise NotGroupableError(
-            f"{type(model).__name__} does not compute side by side what its subnets compute alone",
-            got=f"relative difference {difference:.2g}",
-            remedy="use executor='serial'",
+            what, got=f"relative difference {difference:.2g}", remedy="use executor='serial'"
         )
     return difference
 
@@ -240,13 +303,34 @@ def verify_identity(model: nn.Module, spec: PartitionSpec, assignment: Assignmen
         raise PartitionError("extract and merge are not the identity", got=changed)
 
 
+def small_model(model: nn.Module, spec: PartitionSpec, seed: int = 0) -> nn.Module:
+    """A model that takes and puts out what ``model`` does, and can be run at once.
+
+    That is the model itself; or, where it has more than fifty million entries or no memory, a
+    subnet of few units that stands for it.
+    """
+    large = sum(t.numel() for t in model_tensors(model).values()) > _LARGE_MODEL_ENTRIES
+    narrow = large and not spec.blocks
+    without_memory = has_no_memory(model)
+    if not (narrow or without_memory):
+        return model
+    trial = copy.deepcopy(model) if without_memory else model
+    if narrow:
+        parts = max(1, min(spec.sizes.values()) // _FEW_UNITS)
+        assignment = DisjointUniform()(spec.sizes, parts, seed=seed, round=0)
+        trial = build_subnet(
+            model, spec, assignment, 0, width_correction=False, filled=not without_memory
+        )
+    if without_memory:
+        tensors = model_tensors(trial)
+        place_model(trial, {n: torch.empty_like(t, device="cpu") for n, t in tensors.items()})
+        initialise(trial, seed)
+    return trial
+
+
 def _trial_model(model: nn.Module, spec: PartitionSpec, seed: int) -> nn.Module:
-    entries = sum(t.numel() for t in model_tensors(model).values())
-    if entries <= _LARGE_MODEL_ENTRIES or spec.blocks:
-        return copy.deepcopy(model)
-    parts = max(1, min(spec.sizes.values()) // 8)
-    assignment = DisjointUniform()(spec.sizes, parts, seed=seed, round=0)
-    return build_subnet(model, spec, assignment, 0, width_correction=False)
+    small = small_model(model, spec, seed)
+    return copy.deepcopy(model) if small is model else small
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gist import GISTTrainer, load_dataset
-from gist.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from gist.checkpoint import load_checkpoint, save_checkpoint
 from gist.errors import CheckpointError, ConfigError
+from gist.execution.tensorfile import write_tensors
 from gist.nn import GCN, GraphSAGE
 from gist.partition.spec import model_tensors
 
@@ -32,17 +35,16 @@ def trainer(out: Path | None = None, seed: int = 0, **settings: object) -> GISTT
     return GISTTrainer(model, DATA, **{**base, "out": out and str(out), **settings})
 
 
+@pytest.mark.parametrize("executor", ["serial", "stacked"])
 @pytest.mark.parametrize("state", ["reset", "carry"])
 @pytest.mark.parametrize("norm", ["layer", "batch", None])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, state, norm):
-    through = trainer(optimizer_state=state, norm=norm)
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, state, norm, executor):
+    settings = {"optimizer_state": state, "norm": norm, "executor": executor}
+    through = trainer(**settings)
     expected = through.fit()
 
-    cut = trainer(
-        tmp_path, optimizer_state=state, norm=norm, checkpoint_every=1, callbacks=[Stop(2)]
-    )
-    cut.fit()
-    resumed = trainer(tmp_path, optimizer_state=state, norm=norm, checkpoint_every=1)
+    trainer(tmp_path, **settings, checkpoint_every=1, callbacks=[Stop(2)]).fit()
+    resumed = trainer(tmp_path, **settings, checkpoint_every=1)
     for tensor in model_tensors(resumed.model).values():
         tensor.data.zero_()  # nothing of the fresh initialisation may survive
     got = resumed.fit(resume=tmp_path)
@@ -59,10 +61,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, state, norm):
 
 
 def test_resume_with_a_schedule_of_subnets(tmp_path):
-    schedule = [(0.5, 3), (0.5, 1)]
-    expected = trainer(num_subnets=schedule).fit()
-    trainer(tmp_path, num_subnets=schedule, checkpoint_every=1, callbacks=[Stop(4)]).fit()
-    got = trainer(tmp_path, num_subnets=schedule, checkpoint_every=1).fit(resume=tmp_path)
+    settings = {"num_subnets": [(0.5, 3), (0.5, 1)], "executor": "stacked"}
+    expected = trainer(**settings).fit()
+    trainer(tmp_path, **settings, checkpoint_every=1, callbacks=[Stop(4)]).fit()
+    got = trainer(tmp_path, **settings, checkpoint_every=1).fit(resume=tmp_path)
     assert [r.num_subnets for r in got.history] == [r.num_subnets for r in expected.history]
     assert [r.train_loss for r in got.history] == [r.train_loss for r in expected.history]
 
@@ -80,14 +82,15 @@ def test_two_newest_checkpoints_are_kept_and_nothing_else(tmp_path):
     assert names == ["round-000005", "round-000006"]
 
 
-def checkpoint(value: float) -> Checkpoint:
-    tensors = {"model": {"w": torch.full((3,), value)}}
-    return Checkpoint(tensors=tensors, state={"value": value})
+def save(folder: Path, round: int, value: float, **settings: int) -> Path:
+    write = partial(write_tensors, tensors={"w": torch.full((3,), value)})
+    state = {"value": value}
+    return save_checkpoint(folder, round, files={"model": write}, state=state, **settings)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
-    save_checkpoint(tmp_path, 1, checkpoint(1.0))
-    newest = save_checkpoint(tmp_path, 2, checkpoint(2.0))
+    save(tmp_path, 1, 1.0)
+    newest = save(tmp_path, 2, 2.0)
     for file in sorted(newest.iterdir()):
         whole = file.read_bytes()
         for cut in {0, 1, len(whole) // 2, len(whole) - 1}:
@@ -103,14 +106,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
 
 
 def test_an_unfinished_write_is_not_a_checkpoint(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, checkpoint(1.0))
+    save(tmp_path, 1, 1.0)
 
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("gist.checkpoint.write_atomically", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, 2, checkpoint(2.0))
+        save(tmp_path, 2, 2.0)
     assert [path.name for path in tmp_path.iterdir()] == ["round-000001"]
 
 
@@ -120,14 +123,14 @@ def test_no_checkpoint_at_all_is_said(tmp_path):
 
 
 def test_damage_is_named_where_nothing_is_left(tmp_path):
-    folder = save_checkpoint(tmp_path, 1, checkpoint(1.0))
+    folder = save(tmp_path, 1, 1.0)
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         load_checkpoint(tmp_path)
 
 
 def test_another_format_is_refused(tmp_path):
-    folder = save_checkpoint(tmp_path, 1, checkpoint(1.0))
+    folder = save(tmp_path, 1, 1.0)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(CheckpointError, match=r"another format; got: 99"):
@@ -173,9 +176,9 @@ def test_an_earlier_runs_checkpoints_are_not_overwritten(tmp_path):
 
 
 def test_going_back_to_an_older_checkpoint_keeps_what_is_written_then(tmp_path):
-    save_checkpoint(tmp_path, 8, checkpoint(8.0))
-    save_checkpoint(tmp_path, 9, checkpoint(9.0))
-    written = save_checkpoint(tmp_path, 2, checkpoint(2.0))
+    save(tmp_path, 8, 8.0)
+    save(tmp_path, 9, 9.0)
+    written = save(tmp_path, 2, 2.0)
     assert load_checkpoint(written).state == {"value": 2.0}
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -202,3 +205,74 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     trainer(tmp_path, checkpoint_every=1, callbacks=[Stop(1)], optimizer=sgd).fit()
     with pytest.raises(CheckpointError, match=r"optimizer='torch\.optim.*Adam"):
         trainer(tmp_path, optimizer=adam).fit(resume=tmp_path)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize(
+    ("first", "then"), [("disk", "disk"), ("disk", "memory"), ("memory", "disk")]
+)
+def test_a_run_is_resumed_bit_for_bit_wherever_its_parameters_live(
+    tmp_path, first, then, keep_best
+):
+    same = {"keep_best": keep_best, "executor": "serial", "evaluation": "full"}
+    settings = {**same, "checkpoint_every": 1}
+    through = trainer(**same)
+    expected = through.fit()
+    trainer(tmp_path, store=first, callbacks=[Stop(3)], **settings).fit()
+    resumed = trainer(tmp_path, store=then, **settings)
+    for tensor in model_tensors(resumed.model).values():
+        tensor.data.zero_()
+    got = resumed.fit(resume=tmp_path)
+    assert [r.train_loss for r in got.history] == [r.train_loss for r in expected.history]
+    assert [r.val_loss for r in got.history] == [r.val_loss for r in expected.history]
+    written = load_file(tmp_path / "model.safetensors")
+    for name, tensor in model_tensors(through.model).items():
+        assert torch.equal(written[name], tensor), name
+    assert load_checkpoint(tmp_path).state["best_round"] == got.best.round
+
+
+def test_checkpoints_on_disk_do_not_change_while_the_run_goes_on(tmp_path):
+    """The best model is one file, in the store and in checkpoints, where files can be linked."""
+    run = trainer(
+        tmp_path, store="disk", checkpoint_every=1, callbacks=[Stop(2)], executor="serial"
+    )
+    run.fit()
+    kept = load_checkpoint(tmp_path)
+    assert kept.file("best") is not None
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(1)
+    resumed = trainer(tmp_path, store="disk", checkpoint_every=100, executor="serial")
+    resumed.fit(resume=tmp_path)
+    assert load_checkpoint(kept.folder).state == kept.state, "checksums included"
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_refused(tmp_path, monkeypatch):
+    save(tmp_path, 1, 1.0)
+    save(tmp_path, 2, 2.0)
+    free = iter([10, 20])  # the second look is after the older one has gone
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    with pytest.raises(
+        CheckpointError, match=r"no room for a checkpoint; got: 20 .*expected: 1,000"
+    ):
+        save(tmp_path, 3, 3.0, nbytes=1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000002"]
+
+
+def test_the_older_checkpoint_makes_room_where_there_is_none(tmp_path, monkeypatch):
+    save(tmp_path, 1, 1.0)
+    save(tmp_path, 2, 2.0)
+    free = iter([10, 2000])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    save(tmp_path, 3, 3.0, nbytes=1000)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["round-000002", "round-000003"]
+
+
+def test_what_a_killed_write_left_is_cleared_away(tmp_path):
+    (tmp_path / ".writing-old").mkdir(parents=True)
+    (tmp_path / ".writing-old" / "model.safetensors").write_bytes(b"half")
+    save(tmp_path, 1, 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000001"]

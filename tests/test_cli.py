@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,12 +218,59 @@ def test_subnets_that_cannot_be_read(text):
 
 
 def test_the_module_runs_as_a_command_and_leaves_quietly():
-    """Without a terminal nothing is written to standard error."""
+    """Without a terminal, standard error says which executor was picked, and nothing else."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "gist.cli", "train", "csbm", *TINY, "--subnets", "2"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert re.fullmatch(r"gist: m = 2: (serial|stacked) execution \(.*\)\n", done.stderr)
     assert "csbm" in done.stdout
+
+
+def test_clusters_are_cut_kept_and_trained_on(gist, monkeypatch, tmp_path):
+    monkeypatch.setenv("GIST_CACHE", str(tmp_path / "cache"))
+    options = ["--data", "num_nodes=300", "--data", "num_classes=3"]
+    code, printed, _ = gist(
+        "prepare", "csbm", *options, "--clusters", "6", "--clusters-per-batch", "2"
+    )
+    assert code == 0
+    assert "6 clusters of" in printed
+    assert "of the edges within them; batches of 2 keep" in printed
+    (kept,) = (tmp_path / "cache" / "clusters").iterdir()
+    before = kept.stat().st_mtime_ns
+    code, printed, _ = gist(
+        "train", "csbm", *options, "--hidden", "8", "--epochs", "8", "--subnets", "2",
+        "--clusters", "6", "--clusters-per-batch", "2", "--json", "-", "--out", str(tmp_path / "o"),
+    )  # fmt: skip
+    assert code == 0
+    settings = json.loads(printed)["settings"]
+    assert (settings["clusters"], settings["clusters_per_batch"]) == (6, 2)
+    assert settings["inductive"] is False
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["batches"]["num_parts"] == 6
+    assert [file.stat().st_mtime_ns for file in kept.parent.iterdir()] == [before]
+    code, _, printed = gist(
+        "train", "csbm", *options, "--clusters", "6", "--clusters-per-batch", "9"
+    )
+    assert code == 2
+    assert "cannot hold more clusters than there are" in printed
+    code, printed, _ = gist("prepare", "csbm", *options, "--clusters", "6", "--inductive")
+    assert code == 0
+    assert len(list(kept.parent.iterdir())) == 2, "the cut of another graph"
+
+
+def test_cards_may_name_clusters(gist, monkeypatch):
+    from gist.experiment import Experiment
+    from gist.graph import cards
+
+    card = cards.load_card("csbm")
+    defaults = replace(card.settings.defaults, clusters=5, clusters_per_batch=2, inductive=True)
+    with_clusters = replace(card, settings=replace(card.settings, defaults=defaults))
+    monkeypatch.setattr("gist.experiment.load_card", lambda name: with_clusters)
+    small = {"num_nodes": 200, "num_classes": 3}
+    run = Experiment(dataset="csbm", data_options=small, settings={"hidden": 8})
+    trainer = run.trainer(run.load_data())
+    assert trainer.graph_config.clusters == 5
+    assert trainer.graph_config.inductive
+    assert trainer.objective.steps_per_epoch == 3

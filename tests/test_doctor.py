@@ -67,6 +67,16 @@ def test_the_graph_product_is_the_one_that_runs(monkeypatch):
     assert "wrong" in broken.detail
 
 
+def test_a_graph_product_that_the_user_names(monkeypatch):
+    monkeypatch.setenv("GIST_PRODUCT_KERNEL", "sparse_csr")
+    named = find("graph product, cpu float32")
+    assert (named.status, named.detail) == ("ok", "sparse_csr (GIST_PRODUCT_KERNEL)")
+    monkeypatch.setenv("GIST_PRODUCT_KERNEL", "fast")
+    unknown = find("graph product, cpu float32")
+    assert (unknown.status, unknown.remedy) == ("warning", "unset GIST_PRODUCT_KERNEL")
+    assert "names no kernel" in unknown.detail
+
+
 def test_a_product_that_fails_is_a_finding(monkeypatch):
     def fail(self, x):
         raise RuntimeError("no kernel\nsecond line")
@@ -74,6 +84,37 @@ def test_a_product_that_fails_is_a_finding(monkeypatch):
     monkeypatch.setattr(CSR, "product", fail)
     check = find("graph product, cpu float64")
     assert (check.status, check.detail) == ("warning", "fails: no kernel")
+
+
+def test_whether_freed_memory_is_kept(monkeypatch):
+    monkeypatch.setattr(doctor.allocator, "obstacle", lambda: None)
+    assert find("freed memory").detail == "kept for the next step where there is room"
+    monkeypatch.setattr(doctor.allocator, "obstacle", lambda: "it is Tuesday")
+    assert find("freed memory").detail == "not kept: it is Tuesday"
+
+
+@pytest.mark.parametrize(
+    ("modes", "asked", "status"),
+    [
+        ("[always] madvise never", None, "ok"),
+        ("always [madvise] never", "1", "ok"),
+        ("always [madvise] never", None, "missing"),
+        ("always madvise [never]", "1", "missing"),
+        (None, "1", None),
+    ],
+)
+def test_whether_huge_pages_are_used(tmp_path, monkeypatch, modes, asked, status):
+    file = tmp_path / "enabled"
+    if modes is not None:
+        file.write_text(modes + "\n")
+    monkeypatch.setattr(doctor, "_HUGE_PAGES", file)
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", asked)
+    found = [check for check in diagnose().checks if check.name == "huge pages"]
+    assert [check.status for check in found] == ([] if status is None else [status])
+    if status == "missing":
+        assert found[0].remedy.endswith("set THP_MEM_ALLOC_ENABLE=1 in the environment")
 
 
 def test_more_threads_than_cpus_are_warned_about(monkeypatch):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch_geometric.nn.models import GCN
 
+import gist.nn
 from gist import partition_spec
 from gist.errors import PartitionError
+from gist.partition.grouped.grouping import NotGroupableError
 from gist.partition.samplers import DisjointUniform
 from gist.partition.spec import model_tensors
-from gist.verify import masked_model, subnet_difference, verify_identity, verify_wiring
+from gist.verify import (
+    masked_model,
+    subnet_difference,
+    verify_grouping,
+    verify_identity,
+    verify_wiring,
+)
 
 
 def sample(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -232,3 +242,147 @@ def test_verify_identity_names_what_changed(monkeypatch):
     monkeypatch.setattr("gist.verify.merge", forgetful)
     with pytest.raises(PartitionError, match=r"conv2\.lin_l\.weight"):
         verify_identity(model, spec, assignment)
+
+
+def given(dtype: torch.dtype = torch.float32):
+    return lambda model: (sample(dtype), {})
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-11)])
+@pytest.mark.parametrize(
+    ("model", "wiring"),
+    [
+        (Net(), CHAIN),
+        (Residual(), TOGETHER),
+        (GCN(5, 8, 3, 3, jk="cat", norm="batch_norm"), None),
+        (pyg.GAT(5, 24, 2, 3, heads=2, v2=True, dropout=0.5), None),
+        (pyg.GIN(5, 1, 2, 3, train_eps=True), None),
+        (gist.nn.GraphSAGE(5, 300, 3, concat=True), None),
+    ],
+    ids=["chain", "residual", "jumping, batch norm", "attention, dropout", "one unit", "wide"],
+)
+def test_models_that_keep_subnets_apart_are_accepted(model, wiring, dtype, bound):
+    assert verify_grouping(model.to(dtype), given(dtype), wiring=wiring) < bound
+
+
+def not_groupable(model: nn.Module, **kwargs) -> str:
+    with pytest.raises(NotGroupableError) as caught:
+        verify_grouping(model.double(), given(torch.float64), **{"wiring": CHAIN, **kwargs})
+    assert "serial" in str(caught.value)
+    return str(caught.value)
+
+
+def failing(h: Tensor) -> Tensor:
+    if h.dim() != 2:
+        raise AssertionError  # without a message
+    return h
+
+
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        (lambda h: h.view(len(h), -1), r"cannot run on features \[n, m, k\]"),
+        (lambda h: h.t().t(), r"Net cannot run|does not compute side by side"),
+        (failing, "cannot run.*got: AssertionError"),
+        (lambda h: h / (1 + h.square().sum(1, keepdim=True)), "does not compute side by side"),
+        (lambda h: nn.functional.normalize(h), "Net does not compute side by side.*difference"),
+        (lambda h: h.detach() * float("inf") * 0 if h.dim() == 3 else h, "difference nan"),
+    ],
+    ids=["flattened", "transposed", "asserted", "scaled", "normalised", "nan"],
+)
+def test_models_that_see_subnets_as_one_are_refused(between, message):
+    assert verify_wiring(Net(between).double(), sample(torch.float64), wiring=CHAIN) < 1e-9
+    text = not_groupable(Net(between))
+    assert re.search(message, text), text
+
+
+def test_an_output_of_another_shape_is_refused():
+    class Summed(Net):
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            out = super().forward(x, edges)
+            return out if out.dim() == 2 else out.sum(1)
+
+    text = not_groupable(Summed())
+    assert re.search(r"shape \(12, 3\).*expected: \(12, 2, 3\)", text), text
+
+
+def test_training_is_compared_too_where_nothing_is_random():
+    class InTraining(Net):
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            out = super().forward(x, edges)
+            return out.log_softmax(1) if self.training else out
+
+    assert "does not compute side by side" in not_groupable(InTraining())
+
+
+def test_a_grouped_model_that_cannot_be_trained_is_refused():
+    class Overwritten(Net):
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            out = super().forward(x, edges).exp()
+            return out.mul_(2) if out.dim() == 3 else out.mul(2)  # exp needs what it put out
+
+    assert "cannot run" in not_groupable(Overwritten())
+
+
+def test_samples_may_be_drawn_at_random():
+    def drawn(model: nn.Module):
+        return (torch.randn(12, 5), sample()[1]), {}
+
+    assert verify_grouping(Net(), drawn, wiring=CHAIN) < 1e-4
+
+
+def mean_of_squares(model: nn.Module) -> Tensor:
+    scores = model(*sample())
+    return scores.square().mean((0, 2)) if scores.dim() == 3 else scores.square().mean()
+
+
+def test_a_loss_for_each_subnet_is_accepted():
+    assert verify_grouping(Net(), given(), loss=mean_of_squares, wiring=CHAIN) < 1e-4
+    batch_norm = GCN(5, 8, 3, 3, norm="batch_norm", cached=True)
+    assert verify_grouping(batch_norm, given(), loss=mean_of_squares) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model: model(*sample()).square().mean(), "is not one for each"),
+        (lambda model: model(*sample()).square().sum((0, -1)) / len(model(*sample())[0]),
+         "is not one for each.*relative difference"),
+        (lambda model: nn.functional.cross_entropy(model(*sample()), torch.zeros(12).long()),
+         "is not made for scores"),
+    ],
+    ids=["one for all", "wrong scale", "an error"],
+)  # fmt: skip
+def test_a_loss_that_is_not_one_for_each_subnet_is_refused(loss, message):
+    with pytest.raises(NotGroupableError, match=message):
+        verify_grouping(Net(), given(), loss=loss, wiring=CHAIN)
+
+
+def test_grouping_is_verified_on_a_copy():
+    model = GCN(5, 8, 3, 3, norm="batch_norm", dropout=0.5, cached=True)
+    model(torch.randn(30, 5), torch.randint(30, (2, 90)))
+    model.convs[1].eval()
+    before = {n: t.clone() for n, t in model_tensors(model).items()}
+    modes = {n: m.training for n, m in model.named_modules()}
+    state, kept = torch.get_rng_state(), model.convs[0]._cached_edge_index
+    verify_grouping(model, given(), loss=mean_of_squares)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert all(torch.equal(t, before[n]) for n, t in model_tensors(model).items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.convs[0]._cached_edge_index is kept
+
+
+def test_grouping_is_verified_on_few_units(monkeypatch):
+    """Whatever the width: what is computed costs next to nothing."""
+    widths = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(
+        nn.Linear,
+        "forward",
+        lambda self, x: (widths.append(self.weight.shape), forward(self, x))[1],
+    )
+    model = nn.Sequential(nn.Linear(5, 4096), nn.ReLU(), nn.Linear(4096, 3))
+    assert verify_grouping(model, lambda model: ((sample()[0],), {}), wiring=["0", "2"]) < 1e-4
+    assert widths
+    assert max(max(shape) for shape in widths) <= 8

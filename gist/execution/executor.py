@@ -18,7 +18,8 @@ class RoundReport:
 
     Attributes:
         train_loss: Mean over subnets of their mean loss.
-        repartition_seconds: Extracting and merging.
+        repartition_seconds: Extracting and merging; where these go on beside the training, only
+            what it waited for them.
         bytes_sent: Between processes.
         bytes_received: Between processes.
     """

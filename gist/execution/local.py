@@ -108,7 +108,8 @@ def _clip(program: Program, most: float) -> None:
         nn.utils.clip_grad_norm_(program.module.parameters(), most)
         return
     grads = [p.grad for p in program.parameters.values() if p.grad is not None]
-    squares = torch.stack([grad.flatten(1).square().sum(dim=1) for grad in grads]).sum(dim=0)
+    each = [grad.reshape(program.size, -1).square().sum(dim=1) for grad in grads]
+    squares = torch.stack(each).sum(dim=0)
     factors = (most / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))

@@ -27,6 +27,7 @@ def make_executor(
     config: TrainConfig,
     *,
     store: Store | None = None,
+    most: int | None = None,
     check_grouping: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Executor:
@@ -38,6 +39,7 @@ def make_executor(
         objective: Batches and loss.
         config: Run settings.
         store: Where the global parameters live; the model itself by default.
+        most: Subnets that memory has room for side by side; None for any number.
         check_grouping: Raises :class:`PartitionError` where the grouped form of the model's
             subnets does not compute what they compute.
         say: Called with what was picked and why.
@@ -46,8 +48,13 @@ def make_executor(
         UserWarning: subnets cannot be stacked, so they run one after the other.
     """
     serial = SerialExecutor(model, spec, objective, config, store)
-    most = max(m for _, m in config.phases)
-    if config.executor == "serial" or most == 1:
+    if config.executor == "serial" or max(m for _, m in config.phases) == 1:
+        return serial
+    if most == 1:
+        say("serial execution (memory has no room for two subnets side by side)")
+        return serial
+    if config.shared_batches is False:
+        say("serial execution (shared_batches=False: every subnet sees batches of its own)")
         return serial
     try:
         check_optimizer(make_optimizer(config, model.parameters()))
@@ -61,7 +68,7 @@ def make_executor(
         else:
             say(f"serial execution ({error.what})")
         return serial
-    stacked = StackedExecutor(model, spec, objective, config, store)
+    stacked = StackedExecutor(model, spec, objective, config, store, most=most)
     if config.executor == "stacked":
         return stacked
     stacked.carried = serial.carried

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gist.config import TrainConfig
 from gist.execution.local import make_optimizer
@@ -27,24 +28,49 @@ class Program:
         config: Run settings.
 
     Attributes:
-        tensors: Parameters and buffers by full name, each ``[size, *shape of one subnet's]``;
-            views of the module's own.
+        parameters: The module's, by full name.
+        optimizer: Of those that want gradients.
     """
 
     def __init__(self, module: nn.Module, *, size: int, grouped: bool, config: TrainConfig) -> None:
         self.module, self.size, self.grouped, self.config = module, size, grouped, config
         self.parameters = dict(module.named_parameters())
-        self.tensors: dict[str, Tensor] = {
-            name: tensor.detach() if grouped else tensor.detach().unsqueeze(0)
-            for name, tensor in model_tensors(module).items()
-        }
         self.call: Any = torch.compile(module) if config.compile else module
-        self.optimizer = make_optimizer(config, module.parameters())
+        self.optimizer = self._make_optimizer()
         self._wanted = self._trainable()
+        self._sets: list[dict[str, Tensor]] = []
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by full name, each ``[size, *shape of one subnet's]``.
+
+        Views of the module's own, as they are now: a layer may have put another buffer in place.
+        """
+        return {
+            name: tensor.detach() if self.grouped else tensor.detach().unsqueeze(0)
+            for name, tensor in model_tensors(self.module).items()
+        }
 
     def part(self, index: int) -> dict[str, Tensor]:
         """Views of one subnet's tensors."""
         return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def buffers(self, turn: int) -> dict[str, Tensor]:
+        """One of two sets of tensors, by ``turn % 2``, for one to be filled while the other trains.
+
+        The first is what the module had; the second is made when it is first asked for.
+        """
+        if not self._sets:
+            # .data: autograd must not take what is filled for what it has seen in training.
+            self._sets.append({name: tensor.data for name, tensor in self.tensors.items()})
+        if turn % 2 and len(self._sets) == 1:
+            self._sets.append({name: torch.empty_like(t) for name, t in self._sets[0].items()})
+        return self._sets[turn % 2]
+
+    def use(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes a set of tensors the module's own; the optimiser's state stays as it is."""
+        for name, own in model_tensors(self.module).items():
+            own.data = tensors[name] if self.grouped else tensors[name][0]
 
     def _trainable(self) -> list[str]:
         return [name for name, p in self.parameters.items() if p.requires_grad]
@@ -60,17 +86,38 @@ class Program:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(like[name].requires_grad)
         if self._trainable() != self._wanted or self.config.optimizer not in _ZEROED:
-            self.optimizer = make_optimizer(self.config, self.module.parameters())
+            self.optimizer = self._make_optimizer()
             self._wanted = self._trainable()
-        if states is None:
-            self._zero_state()
         else:
-            for name, parameter in self.parameters.items():
-                entries = [state.get(name) for state in states]
+            self._zero_state()
+        for name, parameter in self.parameters.items():
+            entries = [entry for state in states or () if (entry := state.get(name))]
+            if entries:
                 self.optimizer.state[parameter] = {
-                    key: self._joined(parameter, [entry[key] for entry in entries if entry])
-                    for key in entries[0] or ()
+                    key: self._joined(key, [entry[key] for entry in entries]) for key in entries[0]
                 }
+
+    def _make_optimizer(self) -> Optimizer:
+        """A fresh one; a factory is shown parameters that are shaped as those of one subnet.
+
+        So it may tell weights from biases by their dims, as many do, and sees what it would see
+        in a subnet on its own.
+        """
+        if not (self.grouped and callable(self.config.optimizer)):
+            return make_optimizer(self.config, self.parameters.values())
+        whole: dict[Any, nn.Parameter] = {
+            nn.Parameter(p.detach()[0], requires_grad=p.requires_grad): p
+            for p in self.parameters.values()
+        }
+        optimizer = make_optimizer(self.config, whole)
+        for group in optimizer.param_groups:
+            group["params"] = [whole[p] for p in group["params"]]
+        for one in list(optimizer.state):  # some have a state from the start, as Adagrad
+            entry = optimizer.state.pop(one)
+            optimizer.state[whole[one]] = {
+                key: self._joined(key, [value] * self.size) for key, value in entry.items()
+            }
+        return optimizer
 
     def _zero_state(self) -> None:
         # In place: the memory of the moments is used again.
@@ -79,9 +126,9 @@ class Program:
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    def _joined(self, parameter: Tensor, values: list[Any]) -> Any:
-        if not self.grouped or not isinstance(values[0], Tensor) or values[0].dim() == 0:
-            return values[0]  # one for all subnets, such as a step count
+    def _joined(self, key: str, values: list[Any]) -> Any:
+        if not self.grouped or key == "step" or not isinstance(values[0], Tensor):
+            return values[0]  # one for all subnets
         return torch.stack(values)
 
     def state(self, index: int) -> State:

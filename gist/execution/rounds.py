@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,10 +16,11 @@ from torch import Tensor, nn
 from gist.config import TrainConfig
 from gist.errors import DivergedError
 from gist.execution.executor import RoundReport
+from gist.execution.lane import Lane
 from gist.execution.local import train_locally
 from gist.execution.objective import Objective
 from gist.execution.program import Program
-from gist.execution.store import MemoryStore, Store
+from gist.execution.store import MemoryStore, RoundTransfer, Store
 from gist.partition.assignment import Assignment
 from gist.partition.optim_state import CarriedState, State
 from gist.partition.spec import PartitionSpec, model_tensors
@@ -75,28 +78,58 @@ class RoundExecutor(ABC):
         Raises:
             DivergedError: a subnet's loss is not finite; names the round and the subnet.
         """
-        repartition = 0.0
         losses: list[Tensor] = []
         states: list[State] = []
-        start = time.perf_counter()
-        transfer = self.store.open(assignment)
-        for subnets in self.chunks(assignment):
-            program = self._program(assignment, subnets)
-            transfer.load(subnets, program.tensors)
-            self._restart(program, assignment, subnets)
-            repartition += time.perf_counter() - start
-            losses.append(self._train(program, plan, subnets))
-            start = time.perf_counter()
-            for place in range(len(subnets)):
-                transfer.save(program.part(place))
-                if self.carried is not None:
-                    states.append(program.state(place))
-        transfer.finish()
+        waited, start = 0.0, time.perf_counter()
+        with (
+            self.store.open(assignment) as transfer,
+            Lane(beside=self.store.overlaps and len(self.chunks(assignment)) > 1) as lane,
+        ):
+            for subnets, program in self._loaded(transfer, lane, assignment):
+                self._restart(program, assignment, subnets)
+                waited += time.perf_counter() - start
+                losses.append(self._train(program, plan, subnets))
+                start = time.perf_counter()
+                for place in range(len(subnets)):
+                    lane.submit(transfer.save, program.part(place))
+                    if self.carried is not None:
+                        states.append(program.state(place))
+            lane.submit(transfer.finish)
+            lane.wait()
         if self.carried is not None:
             self.carried.merge(assignment, states)
-        repartition += time.perf_counter() - start
+        waited += time.perf_counter() - start
         loss = float(torch.cat(losses).mean())
-        return RoundReport(train_loss=loss, repartition_seconds=repartition)
+        return RoundReport(train_loss=loss, repartition_seconds=waited)
+
+    def _loaded(
+        self, transfer: RoundTransfer, lane: Lane, assignment: Assignment
+    ) -> Iterator[tuple[range, Program]]:
+        """The chunks in order, each with its program, filled.
+
+        Beside the training of one chunk, the next is loaded into other tensors: those of the chunk
+        before, once it is saved.
+        """
+        waiting: deque[tuple[range, Program, dict[str, Tensor], Future[None]]] = deque()
+        turns: Counter[Program] = Counter()
+
+        def next_one() -> tuple[range, Program]:
+            subnets, program, tensors, loaded = waiting.popleft()
+            loaded.result()
+            if lane.beside:
+                program.use(tensors)
+            return subnets, program
+
+        for subnets in self.chunks(assignment):
+            program = self._program(assignment, subnets)
+            tensors = program.buffers(turns[program]) if lane.beside else program.tensors
+            turns[program] += 1
+            loaded = lane.submit(transfer.load, subnets, tensors)
+            waiting.append((subnets, program, tensors, loaded))
+            if len(waiting) > (1 if lane.beside else 0):
+                yield next_one()
+        while waiting:
+            yield next_one()
 
     def trial_seconds(self, plan: RoundPlan, assignment: Assignment, steps: int = 3) -> float:
         """Seconds that one step of every subnet takes: the fastest of a few, which leave no trace.
@@ -105,17 +138,18 @@ class RoundExecutor(ABC):
         """
         chunks = self.chunks(assignment)
         program = self._program(assignment, chunks[0])
-        self.store.open(assignment).load(chunks[0], program.tensors)
+        with self.store.open(assignment) as transfer:
+            transfer.load(chunks[0], program.tensors)
         self._restart(program, assignment, chunks[0])
         best, spent = float("inf"), 0.0
-        for _ in range(steps):
+        for step in range(steps):
             start = time.perf_counter()
             with self._streams(plan, chunks[0]):
                 batches = self._batches(plan, chunks[0], steps=1)
                 train_locally(program, self.objective, batches, [1.0], self.config)
             seconds = time.perf_counter() - start
             best, spent = min(best, seconds), spent + seconds
-            if spent > 5.0:
+            if step and spent > 5.0:  # what the first one prepares is no part of a step
                 break
         return best * assignment.num_subnets / len(chunks[0])
 

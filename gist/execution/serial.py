@@ -19,8 +19,12 @@ class SerialExecutor(RoundExecutor):
 
     def build(self, assignment: Assignment, subnets: range) -> Program:
         """One narrow model."""
-        correction = self.config.width_correction
         module = build_subnet(
-            self.model, self.spec, assignment, subnets[0], width_correction=correction
+            self.model,
+            self.spec,
+            assignment,
+            subnets[0],
+            width_correction=self.config.width_correction,
+            filled=False,
         )
         return Program(module, size=1, grouped=False, config=self.config)

@@ -52,7 +52,9 @@ class StackedExecutor(SerialExecutor):
         """One grouped model; a narrow one for a subnet on its own."""
         if len(subnets) == 1:
             return super().build(assignment, subnets)
-        narrow = build_subnet(self.model, self.spec, assignment, subnets[0], width_correction=False)
+        narrow = build_subnet(
+            self.model, self.spec, assignment, subnets[0], width_correction=False, filled=False
+        )
         selection = Selection(self.spec, assignment, subnets[0])
         scales = width_scales(self.spec, selection, self.config.width_correction)
         grouped = group_model(narrow, self.spec, scales, len(subnets))

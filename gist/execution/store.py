@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gist.execution.tensorfile import read_tensors, replace_file, write_tensors
 from gist.partition.assignment import Assignment
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import Merge, gather
 
 
 class RoundTransfer(Protocol):
-    """One round's traffic between a store and the subnets."""
+    """One round's traffic between a store and the subnets.
+
+    One call at a time, from any thread.
+    """
 
     def load(self, subnets: Sequence[int], out: Mapping[str, Tensor]) -> None:
         """Writes the entries of consecutive subnets of one shape.
+
+        A subnet may be loaded before an earlier one is saved, or after: what is saved early is
+        nothing that another subnet of the round holds.
 
         Args:
             subnets: Which.
@@ -33,26 +42,112 @@ class RoundTransfer(Protocol):
 
 
 class Store(Protocol):
-    """Where the global parameters and buffers live between rounds."""
+    """Where the global parameters and buffers live between rounds, and one copy of the best ones.
 
-    def open(self, assignment: Assignment) -> RoundTransfer:
+    The model's parameters and buffers are views of what the store holds, at any time.
+    """
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether loading and saving are to happen while other subnets of the round train."""
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether a copy is kept."""
+
+    def open(self, assignment: Assignment) -> AbstractContextManager[RoundTransfer]:
         """The traffic of one round."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """To be held while the model itself is used, as in an evaluation."""
+
+    def keep(self) -> None:
+        """Keeps a copy of everything as it is now, in place of what was kept before."""
+
+    def recall(self) -> None:
+        """Puts back what was kept, if anything; it is no longer kept then."""
+
+    def write(self, path: Path) -> None:
+        """Writes everything as it is now as a safetensors file, complete or not at all."""
+
+    def write_kept(self, path: Path) -> None:
+        """Writes what was kept."""
+
+    def read(self, path: Path) -> None:
+        """Takes over a safetensors file.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another model.
+        """
+
+    def read_kept(self, path: Path) -> None:
+        """Takes over a safetensors file as what was kept."""
 
 
 class MemoryStore:
-    """The model's own tensors, in memory.
+    """The model's own tensors, in memory; a copy of them where the best ones are kept.
 
     Args:
         model: The global model; its tensors are read and changed in place.
         spec: Its partition spec.
     """
 
-    def __init__(self, model: nn.Module, spec: PartitionSpec) -> None:
-        self.tensors, self.spec = model_tensors(model), spec
+    overlaps = False  # the copies would take the cores that train
 
-    def open(self, assignment: Assignment) -> RoundTransfer:
+    def __init__(self, model: nn.Module, spec: PartitionSpec) -> None:
+        self.model, self.spec = model, spec
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def has_kept(self) -> bool:
+        """See :attr:`Store.has_kept`."""
+        return bool(self._kept)
+
+    def open(self, assignment: Assignment) -> AbstractContextManager[RoundTransfer]:
         """See :meth:`Store.open`."""
-        return _InMemory(self.tensors, self.spec, assignment)
+        return nullcontext(_InMemory(model_tensors(self.model), self.spec, assignment))
+
+    def reading(self) -> AbstractContextManager[None]:
+        """See :meth:`Store.reading`."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """See :meth:`Store.keep`."""
+        self._make_room()
+        for name, tensor in model_tensors(self.model).items():
+            self._kept[name].copy_(tensor)
+
+    @torch.no_grad()
+    def recall(self) -> None:
+        """See :meth:`Store.recall`."""
+        if self._kept:
+            for name, tensor in model_tensors(self.model).items():
+                tensor.copy_(self._kept[name])
+        self._kept.clear()
+
+    def write(self, path: Path) -> None:
+        """See :meth:`Store.write`."""
+        with replace_file(path) as new:
+            write_tensors(new, model_tensors(self.model))
+
+    def write_kept(self, path: Path) -> None:
+        """See :meth:`Store.write_kept`."""
+        write_tensors(path, self._kept)
+
+    def read(self, path: Path) -> None:
+        """See :meth:`Store.read`."""
+        read_tensors(path, model_tensors(self.model))
+
+    def read_kept(self, path: Path) -> None:
+        """See :meth:`Store.read_kept`."""
+        self._make_room()
+        read_tensors(path, self._kept)
+
+    def _make_room(self) -> None:
+        if not self._kept:
+            tensors = model_tensors(self.model)
+            self._kept = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
 
 
 class _InMemory:

@@ -5,6 +5,7 @@ Shape legend: ``N`` nodes, ``C`` output columns (classes; labels of a multilabel
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,9 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
     "multilabel": ("micro_f1", "roc_auc"),
 }
 """What can be reported for each task; the first is the default."""
+
+_CHUNK_ENTRIES = 2**22
+"""Outputs that are scored at a time."""
 
 
 def one_of(what: str, value: Any, known: Any) -> None:
@@ -65,15 +69,38 @@ def loss(task: Task, logits: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.reshape(y.shape), y.to(logits.dtype))
 
 
-def _accuracy(logits: Tensor, y: Tensor) -> float:
+def mean_loss(task: Task, logits: Tensor, y: Tensor, nodes: Tensor) -> float:
+    """The mean loss over some nodes, a chunk at a time: no second copy of the scores is made.
+
+    Args:
+        task: As for :func:`loss`.
+        logits: ``[N, C]``, as for :func:`loss`.
+        y: Labels of all nodes.
+        nodes: ``[n]`` int64, at least one.
+    """
+    total = 0.0
+    for scores, labels in _chunks(logits, y, nodes):
+        total += float(loss(task, scores, labels)) * len(labels)
+    return total / len(nodes)
+
+
+def _chunks(logits: Tensor, y: Tensor, nodes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores and labels of ``nodes``, some at a time, in order."""
+    rows = max(_CHUNK_ENTRIES // max(logits[:1].numel(), 1), 1)
+    for some in torch.split(nodes, rows):
+        yield logits.index_select(0, some), y.index_select(0, some)
+
+
+def _accuracy(logits: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    """How many predictions are right, and how many there are."""
     predicted = logits > 0 if y.is_floating_point() else logits.argmax(dim=1)
-    return (predicted == y).double().mean().item()
+    return (predicted == y).sum(), y.numel()
 
 
-def _micro_f1(logits: Tensor, y: Tensor) -> float:
+def _micro_f1(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """``2 TP``, and ``2 TP + FP + FN``."""
     predicted, actual = logits > 0, y > 0
-    hits, claims = (predicted & actual).sum().item(), (predicted.sum() + actual.sum()).item()
-    return 2 * hits / claims if claims else 0.0
+    return 2 * (predicted & actual).sum(), predicted.sum() + actual.sum()
 
 
 def is_defined(metric: Metric, y: Tensor) -> bool:
@@ -87,27 +114,34 @@ def _with_both_labels(labels: Tensor) -> Tensor:
     return ((labels > 0).any(0) & (labels <= 0).any(0)).nonzero()[:, 0]
 
 
-def _roc_auc(logits: Tensor, y: Tensor) -> float:
+def _roc_auc(logits: Tensor, y: Tensor, nodes: Tensor) -> float:
     from sklearn.metrics import roc_auc_score  # takes a second to import
 
     scores, labels = logits.reshape(len(y), -1), y.reshape(len(y), -1)
-    both = _with_both_labels(labels)
-    if not len(both):
+    found = []
+    for column in range(labels.size(1)):  # scikit-learn's own average refuses a single label
+        actual = labels[:, column].index_select(0, nodes)
+        if len(_with_both_labels(actual[:, None])):
+            score = scores[:, column].index_select(0, nodes).float()
+            found.append(float(roc_auc_score(actual.cpu(), score.cpu())))
+    if not found:
         raise DataError(
             "ROC-AUC is undefined: no class has both positive and negative nodes here",
-            got=f"{len(y)} nodes, {labels.size(1)} classes",
+            got=f"{len(nodes)} nodes, {labels.size(1)} classes",
             expected="at least one class with both labels",
             remedy="use a larger or stratified split",
         )
-    # averaged by hand: scikit-learn's own average refuses columns with a single label
-    pairs = ((labels[:, column], scores[:, column].float()) for column in both)
-    return sum(float(roc_auc_score(a.cpu(), b.cpu())) for a, b in pairs) / len(both)
+    return sum(found) / len(found)
 
 
-_COMPUTE = {"accuracy": _accuracy, "micro_f1": _micro_f1, "roc_auc": _roc_auc}
+_RATIOS: dict[Metric, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
+    "accuracy": _accuracy,
+    "micro_f1": _micro_f1,
+}
+"""Metrics that are one sum over the nodes divided by another."""
 
 
-def compute_metric(metric: Metric, logits: Tensor, y: Tensor) -> float:
+def compute_metric(metric: Metric, logits: Tensor, y: Tensor, nodes: Tensor | None = None) -> float:
     """Scores raw model outputs against labels.
 
     - ``accuracy``: the largest logit is the class; with floating-point (binary) labels the
@@ -121,6 +155,7 @@ def compute_metric(metric: Metric, logits: Tensor, y: Tensor) -> float:
         metric: One of the three names.
         logits: ``[N, C]``; binary: ``[N, 1]`` or ``[N]``.
         y: ``[N]`` int64 (multiclass), ``[N]`` float (binary) or ``[N, C]`` float (multilabel).
+        nodes: ``[n]`` int64: score these alone, without a copy of their outputs; None for all.
 
     Returns:
         The score, between 0 and 1.
@@ -130,22 +165,34 @@ def compute_metric(metric: Metric, logits: Tensor, y: Tensor) -> float:
         DataError: no nodes, shapes that do not fit, outputs that are NaN or infinite, or a ROC-AUC
             that no class defines.
     """
-    one_of("metric", metric, _COMPUTE)
+    one_of("metric", metric, ("accuracy", "micro_f1", "roc_auc"))
+    logits = logits.detach()
     if y.is_floating_point() and logits.numel() == y.numel():
         logits = logits.reshape(y.shape)
     fits = logits.shape == y.shape if y.is_floating_point() else logits.shape[:-1] == y.shape
-    if not len(y) or not fits:
+    if nodes is None:
+        nodes = torch.arange(len(y), device=y.device)
+    if not len(nodes) or not fits:
         raise DataError(
             f"{metric} needs one row of outputs for each labelled node, and at least one",
             got=f"outputs {tuple(logits.shape)}, labels {tuple(y.shape)} of {y.dtype}",
             expected="[N, C] outputs and [N] class numbers, or both [N, C] with 0/1 labels",
         )
-    finite = torch.isfinite(logits)
-    if not finite.all():
+    bad, count = 0, 0
+    above, below = 0, 0
+    for scores, labels in _chunks(logits, y, nodes):
+        bad += int((~torch.isfinite(scores)).sum())
+        count += scores.numel()
+        if metric in _RATIOS:
+            numerator, denominator = _RATIOS[metric](scores, labels)
+            above, below = above + int(numerator), below + int(denominator)
+    if bad:
         raise DataError(
             "the model's outputs are NaN or infinite: training diverged",
-            got=f"{int((~finite).sum())} of {logits.numel()} values",
+            got=f"{bad} of {count} values",
             expected="finite outputs",
             remedy="lower the learning rate, or add a normalisation layer",
         )
-    return _COMPUTE[metric](logits.detach(), y)
+    if metric in _RATIOS:
+        return above / below if below else 0.0
+    return _roc_auc(logits, y, nodes)

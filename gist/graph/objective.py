@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import GCNConv
 
-from gist.errors import DataError, PartitionError
+from gist.errors import ConfigError, DataError, PartitionError
 from gist.graph.adjacency import Adjacency
-from gist.graph.batch import BatchRecipe, FullGraph, GraphBatch
+from gist.graph.batch import BatchRecipe, FullGraph, GraphBatch, training_graph
+from gist.graph.clusters import Cluster, ClusterSource
+from gist.graph.convert import SPLITS
 from gist.graph.data import GraphData
-from gist.graph.metrics import compute_metric, is_defined, loss
+from gist.graph.inference import Inference, choose_inference, infer_on_clusters, model_inputs
+from gist.graph.layerwise import require_layerwise
+from gist.graph.metrics import compute_metric, is_defined, loss, mean_loss
 from gist.modes import keeps_modes
 from gist.partition.rules.registry import without_caches
 
@@ -33,13 +37,46 @@ class GraphObjective:
         data: The graph.
         device: Where the model lives.
         batches: What a step sees; the whole graph by default.
+        inductive: Train on the subgraph of the training nodes alone; evaluate on the whole graph.
+        evaluation: ``"full"``, ``"layerwise"``, ``"clusters"`` or ``"auto"``; see
+            :class:`~gist.config.GraphConfig`.
+
+    Attributes:
+        data: The whole graph, on ``device``.
+        source: Batches of the graph that is trained on.
+        inference: How models are evaluated, once that is decided; None on clusters.
+
+    Raises:
+        ConfigError: evaluation on clusters, without clusters.
     """
 
+    evaluation = "auto"
+    inference: Inference | None = None
+
     def __init__(
-        self, data: GraphData, device: torch.device, batches: BatchRecipe | None = None
+        self,
+        data: GraphData,
+        device: torch.device,
+        batches: BatchRecipe | None = None,
+        *,
+        inductive: bool = False,
+        evaluation: str = "auto",
     ) -> None:
         self.data = data.to(device)
-        self.source = (batches or FullGraph()).bind(self.data)
+        self.evaluation = evaluation
+        if evaluation == "clusters" and not isinstance(batches, Cluster):
+            raise ConfigError(
+                "evaluation on clusters needs clusters",
+                got=f"evaluation='clusters', batches={type(batches or FullGraph()).__name__}",
+                remedy="give clusters, the number of parts, or another evaluation",
+            )
+        self.inductive = inductive
+        seen = training_graph(self.data) if inductive else self.data
+        self.source = (batches or FullGraph()).bind(seen)
+        self._clusters: ClusterSource | None = None
+        if evaluation == "clusters" and isinstance(batches, Cluster):
+            same = isinstance(self.source, ClusterSource) and not inductive
+            self._clusters = self.source if same else batches.bind(self.data)  # type: ignore[assignment]
         self._train_y = self.data.y[self.data.train_mask]
 
     @property
@@ -70,33 +107,54 @@ class GraphObjective:
         self, model: nn.Module, x: Tensor, graph: Adjacency | tuple[Adjacency, ...]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the model's forward pass."""
-        if getattr(model, "accepts_adjacency", False):
-            return (x, graph), {}
-        assert isinstance(graph, Adjacency), "only models that accept an Adjacency sample layers"
-        weight = graph.edge_weight
-        if weight is not None and "edge_weight" in inspect.signature(model.forward).parameters:
-            return (x, graph.edge_index), {"edge_weight": weight}
-        return (x, graph.edge_index), {}
+        return model_inputs(model, x, graph)
+
+    def choose_inference(self, model: nn.Module, memory_limit: int | None = None) -> None:
+        """Decides how models of this shape are evaluated, before training starts.
+
+        Args:
+            model: The whole model.
+            memory_limit: See :func:`~gist.graph.inference.infer`.
+
+        Raises:
+            ConfigError: the model has no layer-wise form, or the limit is too small.
+        """
+        if self.evaluation != "clusters":
+            data = self.data
+            self.inference = choose_inference(
+                model, data.x, data.adjacency, how=self.evaluation, memory_limit=memory_limit
+            )
+
+    def predict(self, model: nn.Module) -> Tensor:
+        """Scores of every node of the whole graph, in evaluation mode: ``[N, num_classes]``."""
+        if self.evaluation == "clusters":
+            assert self._clusters is not None
+            return infer_on_clusters(model, self._clusters)
+        if self.inference is None:
+            self.choose_inference(model)
+        assert self.inference is not None
+        return self.inference(model, self.data.x, self.data.adjacency)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Metric on every split, and the validation loss, of a model in evaluation mode."""
-        data = self.data
-        scores = self.scores(model, data.x, data.adjacency)
+        data, scores = self.data, self.predict(model)
+        nodes = {split: data.mask(split).nonzero()[:, 0] for split in SPLITS}
         out = {
-            f"{split}_metric": compute_metric(
-                data.metric, scores[data.mask(split)], data.y[data.mask(split)]
-            )
-            for split in ("train", "val", "test")
+            f"{split}_metric": compute_metric(data.metric, scores, data.y, nodes[split])
+            for split in SPLITS
             if split != "train" or is_defined(data.metric, self._train_y)
         }
-        held_out = data.val_mask
-        out["val_loss"] = float(loss(data.task, scores[held_out], data.y[held_out]))
+        out["val_loss"] = mean_loss(data.task, scores, data.y, nodes["val"])
         return out
 
     def fingerprint(self) -> str:
         """Identifies the data."""
         return self.data.fingerprint()
+
+    def describe(self) -> dict[str, Any]:
+        """What is trained on, as JSON values: a run is resumed on the same."""
+        return {"batches": self.source.describe(), "inductive": self.inductive}
 
     def sample_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A ring with chords and random features, weighted if the data is, on its device."""
@@ -117,11 +175,15 @@ class GraphObjective:
         """Refuses a model that does not fit the data.
 
         Raises:
+            ConfigError: the model cannot be trained on such batches.
             DataError: the graph has directions or weights that the model cannot use.
             PartitionError: the model cannot run on this data, or puts out another width.
         """
         data = self.data
         self._check_graph(model)
+        self.source.check(model)
+        if self.evaluation == "layerwise":
+            require_layerwise(model)
         args, keywords = self.sample_inputs(model)
         try:
             with torch.no_grad(), keeps_modes(model), without_caches(model):

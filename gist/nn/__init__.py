@@ -1,6 +1,7 @@
-"""Reference models: GCN, GraphSAGE (both forms) and GAT, and their fast convolutions."""
+"""Reference models: GCN, GraphSAGE (both forms) and GAT, and their fast layers."""
 
 from gist.nn.conv import GCNConv, SAGEConcatConv, SAGEConv
+from gist.nn.dropout import Dropout
 from gist.nn.models import GAT, GCN, GraphSAGE
 
-__all__ = ["GAT", "GCN", "GCNConv", "GraphSAGE", "SAGEConcatConv", "SAGEConv"]
+__all__ = ["GAT", "GCN", "Dropout", "GCNConv", "GraphSAGE", "SAGEConcatConv", "SAGEConv"]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from gist.errors import DataError
 from gist.graph.adjacency import Adjacency, Form
-from gist.graph.blockwise import Maker, Product, blockwise_gcn, blockwise_sage, register_blockwise
+from gist.graph.blockwise import Product
+from gist.graph.blockwise_rules import Maker, blockwise_gcn, blockwise_sage, register_blockwise
 from gist.partition.builder import Layer
 from gist.partition.grouped.grouping import Grouping
 from gist.partition.grouped.pyg import GroupedSAGEConcatConv

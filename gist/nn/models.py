@@ -10,9 +10,12 @@ from torch_geometric.nn.resolver import normalization_resolver
 
 from gist.errors import ConfigError
 from gist.graph.adjacency import Adjacency
+from gist.graph.layerwise import register_composition
 from gist.nn.conv import GCNConv, Graph, SAGEConcatConv, SAGEConv
+from gist.nn.dropout import Dropout
 
 Norm = nn.Module | str | None
+Graphs = Graph | tuple[Adjacency, ...]
 
 
 def _norm(norm: Norm, width: int) -> nn.Module | None:
@@ -33,11 +36,65 @@ def _norm(norm: Norm, width: int) -> nn.Module | None:
     return layer
 
 
-class GCN(zoo.GCN):  # type: ignore[misc]  # PyG is untyped
+class _Layered:
+    """A forward pass over one graph, or over one graph per layer, as layer sampling gives them."""
+
+    num_layers: int
+    convs: nn.ModuleList
+    norms: nn.ModuleList
+    jk_mode: str | None
+    act: Any
+    act_first: bool
+    dropout: nn.Module
+
+    def forward(self, x: Tensor, edge_index: Graphs, *args: Any, **kwargs: Any) -> Tensor:
+        """Scores of every node, or of the last layer's targets.
+
+        Args:
+            x: ``[N, in_channels]``; of the first layer's sources where layers are sampled.
+            edge_index: An ``Adjacency``; one for each layer, first layer first; or what PyG's
+                models take.
+            *args: Further arguments of PyG's models.
+            **kwargs: Further arguments of PyG's models.
+
+        Raises:
+            ConfigError: a wrong number of graphs, or graphs per layer together with jumping
+                knowledge, which joins what every layer says about the same nodes.
+        """
+        if not isinstance(edge_index, tuple):
+            out: Tensor = super().forward(x, edge_index, *args, **kwargs)  # type: ignore[misc]
+            return out
+        name, graphs = type(self).__name__, edge_index
+        if len(graphs) != self.num_layers:
+            raise ConfigError(
+                f"{name} needs one graph per layer",
+                got=f"{len(graphs)} graphs",
+                expected=f"{self.num_layers}",
+                remedy="sample as many layers as the model has",
+            )
+        if self.jk_mode is not None:
+            raise ConfigError(
+                f"{name} with jumping knowledge needs the same nodes in every layer",
+                got=f"one graph per layer, jk={self.jk_mode!r}",
+                remedy="use jk=None, or clusters as batches",
+            )
+        for i, (conv, norm, graph) in enumerate(zip(self.convs, self.norms, graphs, strict=True)):
+            x = conv(x, graph)
+            if i < self.num_layers - 1:
+                x = self.act(x) if self.act is not None and self.act_first else x
+                x = norm(x)
+                x = self.act(x) if self.act is not None and not self.act_first else x
+                x = self.dropout(x)
+        return x
+
+
+@register_composition
+class GCN(_Layered, zoo.GCN):  # type: ignore[misc]  # PyG is untyped
     """Graph convolutional network (Kipf & Welling, 2017), any depth.
 
     Between layers: convolution, normalisation, activation, dropout, as in PyG's ``GCN``, whose
-    state dict and call it shares. ``forward(x, graph)`` also takes an ``Adjacency``.
+    state dict and call it shares. ``forward(x, graph)`` also takes an ``Adjacency``, or a tuple
+    with one for each layer.
 
     Args:
         in_channels: Input features.
@@ -76,14 +133,18 @@ class GCN(zoo.GCN):  # type: ignore[misc]  # PyG is untyped
             norm=norm_layer,
             **kwargs,
         )
+        self.dropout = Dropout(dropout)
 
     def init_conv(self, in_channels: int, out_channels: int, **kwargs: Any) -> nn.Module:
         """One convolution."""
         return GCNConv(in_channels, out_channels, **kwargs)
 
 
-class GraphSAGE(zoo.GraphSAGE):  # type: ignore[misc]  # PyG is untyped
+@register_composition
+class GraphSAGE(_Layered, zoo.GraphSAGE):  # type: ignore[misc]  # PyG is untyped
     """GraphSAGE with mean aggregation (Hamilton et al., 2017), any depth.
+
+    ``forward(x, graph)`` also takes an ``Adjacency``, or a tuple with one for each layer.
 
     Args:
         in_channels: Input features.
@@ -126,6 +187,7 @@ class GraphSAGE(zoo.GraphSAGE):  # type: ignore[misc]  # PyG is untyped
             norm=norm_layer,
             **kwargs,
         )
+        self.dropout = Dropout(dropout)
 
     def init_conv(self, in_channels: Any, out_channels: int, **kwargs: Any) -> nn.Module:
         """One convolution."""
@@ -141,6 +203,7 @@ class GraphSAGE(zoo.GraphSAGE):  # type: ignore[misc]  # PyG is untyped
         return SAGEConcatConv(in_channels, out_channels, **kwargs)
 
 
+@register_composition
 class GAT(zoo.GAT):  # type: ignore[misc]  # PyG is untyped
     """Graph attention network (Veličković et al., 2018; with ``v2=True`` Brody et al., 2022).
 
@@ -185,9 +248,21 @@ class GAT(zoo.GAT):  # type: ignore[misc]  # PyG is untyped
             heads=heads,
             **kwargs,
         )
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, edge_index: Graph, *args: Any, **kwargs: Any) -> Tensor:
-        """Scores of every node."""
+        """Scores of every node.
+
+        Raises:
+            ConfigError: a graph per layer, which attention does not define.
+        """
+        if isinstance(edge_index, tuple):
+            raise ConfigError(
+                f"{type(self).__name__} cannot train on sampled layers: importance weights are "
+                "those of a fixed matrix, and attention has none",
+                got=f"{len(edge_index)} graphs, one per layer",
+                remedy="use clusters, or a GCN or GraphSAGE of gist.nn",
+            )
         if isinstance(edge_index, Adjacency):
             edge_index = edge_index.edge_index
         out: Tensor = super().forward(x, edge_index, *args, **kwargs)

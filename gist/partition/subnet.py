@@ -22,6 +22,7 @@ def build_subnet(
     subnet: int,
     *,
     width_correction: bool | None = None,
+    filled: bool = True,
 ) -> nn.Module:
     """The narrow model that one subnet trains, with the entries it holds.
 
@@ -35,9 +36,17 @@ def build_subnet(
         assignment: Which units each subnet holds.
         subnet: Index of the subnet.
         width_correction: See :func:`corrected_paths`.
+        filled: Fill it with the entries; False leaves that to the caller, and reads none of them.
     """
-    parts = extract(model_tensors(model), spec, assignment, subnet)
     selection = Selection(spec, assignment, subnet)
+    if filled:
+        parts = extract(model_tensors(model), spec, assignment, subnet)
+    else:
+        parts = {
+            name: tensor.detach().new_empty(selection.shape(spec.layouts[name]))
+            for name, tensor in model_tensors(model).items()
+            if selection.holds(spec.layouts[name])
+        }
     memo: dict[int, Any] = {}
     for path, (group, unit) in spec.blocks.items():
         if subnet not in assignment.holders(group, unit):

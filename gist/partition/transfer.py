@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gist.errors import PartitionError
 from gist.partition.assignment import Assignment
+from gist.partition.blocks import are_plain, gather_block, scatter_block
 from gist.partition.spec import Axis, ParamLayout, PartitionSpec, Slot
 
 Index = tuple[Tensor | None, ...]
@@ -59,12 +60,16 @@ class Selection:
             kept[index.forward(self.assignment.held[group][self.subnet])] = True
         return None if bool(kept.all()) else kept.nonzero()[:, 0]
 
-    def numel(self, layout: ParamLayout) -> int:
-        """Number of entries of a tensor that the subnet holds."""
+    def shape(self, layout: ParamLayout) -> tuple[int, ...]:
+        """Shape of what the subnet holds of a tensor."""
         index = self.index(layout)
-        return math.prod(
+        return tuple(
             n if i is None else i.numel() for n, i in zip(layout.shape, index, strict=True)
         )
+
+    def numel(self, layout: ParamLayout) -> int:
+        """Number of entries of a tensor that the subnet holds."""
+        return math.prod(self.shape(layout))
 
     def size(self, axis: Axis | None) -> int | None:
         """Number of positions of an axis that the subnet holds; None for a whole one."""
@@ -80,9 +85,13 @@ def gather(tensor: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
     if not kept:
         return tensor.clone() if out is None else out.copy_(tensor)
     if [dim for dim, _ in kept] == [0, 1]:
-        grid = [kept[0][1][:, None], kept[1][1]]
+        (_, rows), (_, columns) = kept
         if out is None:
-            return tensor[grid[0], grid[1]]
+            out = tensor.new_empty(rows.numel(), columns.numel(), *tensor.shape[2:])
+        if are_plain(tensor, out, rows, columns):
+            gather_block(tensor, rows, columns, out)
+            return out
+        grid = [rows[:, None], columns]
         return torch.ops.aten.index.Tensor_out(tensor, grid, out=out)  # type: ignore[no-any-return]
     for dim, positions in kept[:-1]:
         tensor = tensor.index_select(dim, positions)
@@ -97,6 +106,8 @@ def scatter_(tensor: Tensor, index: Index, part: Tensor) -> None:
         tensor.copy_(part)
     elif len(kept) == 1:
         tensor.index_copy_(kept[0][0], kept[0][1], part)
+    elif are_plain(tensor, part, kept[0][1], kept[1][1]):
+        scatter_block(tensor, kept[0][1], kept[1][1], part)
     else:
         last = kept[-1][0]
         grid: list[Tensor] = []
@@ -173,7 +184,7 @@ class Merge:
             if not selection.holds(layout):
                 continue
             if alone or _is_exclusive(layout, self.spec, self.assignment):
-                scatter_(tensor, selection.index(layout), part[name])
+                self.write(name, selection.index(layout), part[name])
             else:
                 if name not in self._means:
                     self._means[name] = _Mean(tensor)
@@ -194,6 +205,10 @@ class Merge:
             )
         for name, mean in self._means.items():
             self.tensors[name].copy_(mean.value)
+
+    def write(self, name: str, index: Index, part: Tensor) -> None:
+        """Puts entries into their tensor; a store that is not in memory has its own way."""
+        scatter_(self.tensors[name], index, part)
 
 
 def merge(

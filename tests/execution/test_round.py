@@ -192,7 +192,9 @@ def test_one_subnet_is_plain_training_bit_for_bit(norm, state, optimizer):
 def run(seed: int = 0, model: nn.Module | None = None, **settings) -> GISTTrainer:
     torch.manual_seed(0)
     model = model or gist.nn.GCN(5, 12, CLASSES, 3, dropout=0.3)
-    defaults = {"num_subnets": 3, "local_steps": 2, "rounds": 4, "seed": seed}
+    defaults = {
+        "num_subnets": 3, "local_steps": 2, "rounds": 4, "seed": seed, "executor": "serial",
+    }  # fmt: skip
     trainer = GISTTrainer(model, graph(torch.float32), **(defaults | settings))
     trainer.fit()
     return trainer
@@ -218,11 +220,12 @@ def same(one: GISTTrainer, two: GISTTrainer) -> bool:
     ],
     ids=str,
 )
-def test_runs_repeat_whatever_the_global_random_state(settings):
-    one = run(**settings)
+@pytest.mark.parametrize("executor", ["serial", "stacked"])
+def test_runs_repeat_whatever_the_global_random_state(settings, executor):
+    one = run(executor=executor, **settings)
     torch.rand(17)
-    assert same(one, run(**settings))
-    assert not same(one, run(seed=1, **settings))
+    assert same(one, run(executor=executor, **settings))
+    assert not same(one, run(executor=executor, seed=1, **settings))
 
 
 def test_training_leaves_the_global_random_state_alone():
@@ -241,10 +244,15 @@ def test_each_subnet_has_a_stream_of_its_own():
     assignment = trainer.assign(plan)
     drawn = []
     for subnet in (1, 0, 1):
-        module = executor._load(assignment, subnet)
-        executor._train(module, plan, assignment, subnet, [])
-        drawn.append([t.detach().clone() for t in module.parameters()])
+        subnets = range(subnet, subnet + 1)
+        program = executor.build(assignment, subnets)
+        with executor.store.open(assignment) as transfer:
+            transfer.load(subnets, program.tensors)
+        program.restart(executor.tensors, None)
+        executor._train(program, plan, subnets)
+        drawn.append([t.detach().clone() for t in program.module.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
 
 
 def test_modes_of_every_module_are_left_as_they_were():
@@ -275,11 +283,13 @@ def test_models_that_cache_their_normalisation(ran_before):
     assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_subnets_of_many_shapes_do_not_pile_up():
+@pytest.mark.parametrize("executor", ["serial", "stacked"])
+def test_subnets_of_many_shapes_do_not_pile_up(executor):
     trainer = run(
-        sampler=Bernoulli(keep=0.5), rounds=40, local_steps=1, num_subnets=4, eval_every=40
-    )
-    assert len(trainer.executor._modules) <= 16, "narrow models of shapes long gone are kept"
+        sampler=Bernoulli(keep=0.5), rounds=20, local_steps=1, num_subnets=4, eval_every=20,
+        executor=executor,
+    )  # fmt: skip
+    assert len(trainer.executor._programs) <= 16, "programs of shapes long gone are kept"
 
 
 def test_parameters_may_be_frozen_between_rounds():

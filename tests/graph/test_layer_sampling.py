@@ -271,9 +271,7 @@ def test_subnets_learn_on_sampled_layers(batches, executor):
 def test_models_that_cannot_be_sampled_are_refused_by_name(kind, model, settings, why):
     data = load_dataset("csbm", num_nodes=60, num_features=8, num_classes=4, average_degree=4.0)
     with pytest.raises(ConfigError, match=f"{kind.__name__} samples .*{why}"):
-        GISTTrainer(
-            model, data, num_subnets=2, batches=kind(nodes_per_layer=(9, 9), **settings)
-        )
+        GISTTrainer(model, data, num_subnets=2, batches=kind(nodes_per_layer=(9, 9), **settings))
 
 
 def tuple_of(*forms: str) -> tuple[SampledLayer, ...]:

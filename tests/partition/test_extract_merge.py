@@ -16,7 +16,7 @@ from gist.partition.assignment import Assignment
 from gist.partition.index_map import IndexMap
 from gist.partition.samplers import Bernoulli, Categorical, DisjointUniform, Overlapping
 from gist.partition.spec import ParamLayout, PartitionSpec, Slot, UnitGroup
-from gist.partition.transfer import Selection, extract, gather, merge, scatter_
+from gist.partition.transfer import Merge, Selection, extract, gather, merge, scatter_
 
 SAMPLERS = [
     DisjointUniform(),
@@ -359,3 +359,87 @@ def test_gather_and_scatter_are_inverse(shape, data):
     scatter_(target, tuple(index), part)
     assert torch.equal(gather(target, tuple(index)), part)
     assert int((target != 0).sum()) == int((part != 0).sum()), "nothing else is written"
+
+
+def trained(part: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Other values of the same shapes and kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor.logical_not()
+        if tensor.dtype == torch.bool
+        else tensor + (torch.randn(tensor.shape, generator=generator) * 9).to(tensor.dtype)
+        for name, tensor in part.items()
+    }
+
+
+@given(cases(), st.integers(0, 99))
+def test_subnets_may_be_cut_out_while_others_are_put_back(case, seed):
+    """Each is cut out when its turn comes, and finds everything as the round began."""
+    spec, assignment, tensors = case
+    at_once, one_by_one = copies(tensors), copies(tensors)
+    parts = [extract(tensors, spec, assignment, i) for i in range(assignment.num_subnets)]
+    merge(at_once, spec, assignment, [trained(part, seed + i) for i, part in enumerate(parts)])
+
+    merging = Merge(one_by_one, spec, assignment)
+    for i, part in enumerate(parts):
+        found = extract(one_by_one, spec, assignment, i)
+        assert all(bits(found[name]) == bits(part[name]) for name in part)
+        found = trained(found, seed + i)
+        merging.add(found)
+        for tensor in found.values():  # its memory is used for the next subnet
+            tensor.zero_()
+    merging.finish()
+    assert all(bits(one_by_one[name]) == bits(at_once[name]) for name in tensors)
+
+
+@given(cases())
+def test_what_several_hold_is_written_at_the_end(case):
+    spec, assignment, tensors = case
+    merged = copies(tensors)
+    merging = Merge(merged, spec, assignment)
+    for i in range(assignment.num_subnets):
+        merging.add(trained(extract(tensors, spec, assignment, i), i))
+    for name, layout in spec.layouts.items():
+        for entry, who in holders(layout, spec, assignment).items():
+            if len(who) != 1:
+                assert bits(merged[name][entry]) == bits(tensors[name][entry])
+
+
+@given(cases())
+def test_entries_are_gathered_into_a_given_place_and_nowhere_else(case):
+    """As into the place of one subnet among several that are stacked."""
+    spec, assignment, tensors = case
+    for subnet in range(assignment.num_subnets):
+        selection = Selection(spec, assignment, subnet)
+        for name, layout in spec.layouts.items():
+            if not selection.holds(layout):
+                continue
+            index = selection.index(layout)
+            expected = gather(tensors[name], index)
+            assert tuple(expected.shape) == selection.shape(layout)
+            stacked = torch.ones((3, *expected.shape), dtype=expected.dtype)
+            out = gather(tensors[name], index, out=stacked[1])
+            assert out.data_ptr() == stacked[1].data_ptr()
+            assert bits(stacked[1]) == bits(expected)
+            assert stacked[0].eq(1).all()
+            assert stacked[2].eq(1).all()
+
+
+@pytest.mark.parametrize("index", [(None, None), (0, None), (None, 1), (0, 1)], ids=str)
+def test_tensors_in_any_order_of_memory(index):
+    """Where they come from, where they go to, and what is cut out of them."""
+    rows, columns = torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5])
+    kept = tuple(None if i is None else (rows, columns)[i] for i in index)
+    values = torch.randn(6, 7)
+    expected = values
+    for dim, positions in enumerate(kept):
+        expected = expected if positions is None else expected.index_select(dim, positions)
+    for whole in (values, values.t().contiguous().t(), torch.stack([values, values], 2)[:, :, 0]):
+        assert torch.equal(gather(whole, kept), expected)
+        for part in (expected, expected.t().contiguous().t()):
+            out = torch.zeros_like(part)
+            assert torch.equal(gather(whole, kept, out=out), expected)
+            target = torch.zeros_like(whole)
+            scatter_(target, kept, part)
+            assert torch.equal(gather(target, kept), expected)
+            assert target.count_nonzero() == expected.count_nonzero()

@@ -85,7 +85,9 @@ class Grouping:
 
     def children(self, module: nn.Module) -> nn.Module:
         """``module`` with the grouped form of every layer in it; changed in place."""
-        for name, child in list(module.named_children()):
+        for name, child in module._modules.items():  # a module under two names is met twice
+            if child is None:
+                continue
             if has_rule(child):
                 setattr(module, name, self.layer(child))
             else:

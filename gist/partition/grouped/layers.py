@@ -49,8 +49,8 @@ class GroupedLayerNorm(nn.Module):
         grouping.tensor_of(norm, "weight", self)
         grouping.tensor_of(norm, "bias", self)
 
-    def forward(self, x: Tensor, *batch: Any) -> Tensor:
-        """Normalises every row of every subnet."""
+    def forward(self, x: Tensor, batch: Any = None, batch_size: Any = None) -> Tensor:
+        """Normalises every row of every subnet; which graph a node is of plays no part."""
         out = F.layer_norm(x, (self.width,), None, None, self.eps)
         if self.weight is not None:
             out = (out if out.dim() == 3 else out.unsqueeze(1)) * self.weight
@@ -72,23 +72,24 @@ class GroupedBatchNorm(nn.Module):
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             grouping.tensor_of(norm, name, self)
 
-    def forward(self, x: Tensor, *batch: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Normalises every feature over the nodes, by statistics of the batch while training."""
         if x.dim() == 2:
             x = x.unsqueeze(1).expand(-1, self.num_subnets, -1)
-        tracked = self.running_mean is not None
         momentum = self.momentum or 0.0
-        if self.training and tracked and self.num_batches_tracked is not None:
+        tracks = self.training and self.track_running_stats
+        if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked[0])
+        kept = tracks or not self.training
         out = F.batch_norm(
             x.flatten(1),
-            _flat(self.running_mean),
-            _flat(self.running_var),
+            _flat(self.running_mean) if kept else None,
+            _flat(self.running_var) if kept else None,
             _flat(self.weight),
             _flat(self.bias),
-            self.training or not tracked,
+            self.training or self.running_mean is None,
             momentum,
             self.eps,
         )

@@ -15,8 +15,8 @@ from torch import Tensor
 class _GroupedProduct(torch.autograd.Function):
     """``out[:, i] = x[:, i] @ weight[i].T``: a block-diagonal product without the zeros.
 
-    On the CPU each block is one matrix product that reads and writes the features in place, with
-    rows ``m * k`` and ``m * o`` apart; elsewhere all of them are one batched product.
+    One batched product that reads and writes the features where they lie, rows ``m * k`` and
+    ``m * o`` apart.
     """
 
     @staticmethod
@@ -38,17 +38,11 @@ class _GroupedProduct(torch.autograd.Function):
 def _blocks(a: Tensor, b: Tensor, *, nodes_first: bool) -> Tensor:
     # a [m, p, q] @ b [m, q, r] -> [m, p, r], stored as [p, m, r] where nodes come first.
     m, p, r = a.size(0), a.size(1), b.size(2)
-    if nodes_first:
-        out = a.new_empty((p, m, r))
-        blocks = out.transpose(0, 1)
-    else:
-        out = blocks = a.new_empty((m, p, r))
-    if a.device.type == "cpu":
-        for i in range(m):
-            torch.mm(a[i], b[i], out=blocks[i])
-        return out
-    product = torch.bmm(a, b)
-    return product.transpose(0, 1).contiguous() if nodes_first else product
+    if not nodes_first:
+        return torch.bmm(a, b)
+    out = a.new_empty((p, m, r))
+    torch.bmm(a, b, out=out.transpose(0, 1))
+    return out
 
 
 def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -64,7 +58,7 @@ def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
     if x.dim() == 2:
         m, outputs, _ = weight.shape
         return F.linear(x, weight.flatten(0, 1)).view(-1, m, outputs)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as F.linear
         kind = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(kind), weight.to(kind)
     product: Tensor = _GroupedProduct.apply(x, weight)  # type: ignore[no-untyped-call]

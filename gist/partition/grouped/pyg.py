@@ -14,8 +14,10 @@ from __future__ import annotations
 import copy
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch_geometric.nn import SimpleConv
 
 from gist.partition.grouped.grouping import Grouping
 from gist.partition.grouped.layers import GroupedLinear
@@ -118,13 +120,13 @@ class GroupedGCNConv(_Propagating):
         """``[n, m, k]`` or shared ``[n, k]`` -> ``[n, m, o]``."""
         graph = edge_index
         if _has_matrices(graph) and self.by_matrix:
-            out = self.narrow_side_first(x, graph, self.lin)
-        else:
-            if _has_matrices(graph):
-                graph, edge_weight = graph.edge_index, graph.edge_weight
-            out = self.lin(x)
-            out = self.twin(out.flatten(1), graph, edge_weight).view(out.shape)
-        return add_bias(out, self.bias)
+            return add_bias(self.narrow_side_first(x, graph, self.lin), self.bias)
+        if _has_matrices(graph):
+            graph, edge_weight = graph.edge_index, graph.edge_weight
+        out = self.lin(x)
+        out = cast(Tensor, self.twin(out.flatten(1), graph, edge_weight).view(out.shape))
+        # Not in place: the gradient of some aggregations (max) needs what they put out.
+        return out if self.bias is None else out + self.bias
 
 
 class GroupedSAGEConv(_Propagating):
@@ -135,9 +137,9 @@ class GroupedSAGEConv(_Propagating):
     def __init__(self, conv: Any, grouping: Grouping) -> None:
         settings = {"lin_l": nn.Identity(), "root_weight": False, "project": False}
         super().__init__(_messages_of(conv, normalize=False, **settings))
+        self.lin = grouping.layer(conv.lin) if conv.project else None
         self.lin_l = cast(GroupedLinear, grouping.layer(conv.lin_l))
         self.lin_r = grouping.layer(conv.lin_r) if conv.root_weight else None
-        self.lin = grouping.layer(conv.lin) if conv.project else None
         self.normalize = conv.normalize
         self.by_matrix = conv.aggr == "mean" and conv.flow == "source_to_target"
 
@@ -169,15 +171,18 @@ class GroupedSAGEConcatConv(_Propagating):
     form = "mean"
 
     def __init__(self, conv: Any, grouping: Grouping) -> None:
-        super().__init__(None)
+        super().__init__(SimpleConv(aggr="mean"))
         self.lin = cast(GroupedLinear, grouping.layer(conv.lin))
         self.width = conv.lin.weight.size(1) // 2
 
-    def forward(self, x: Tensor, graph: Graph) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Graph) -> Tensor:
         """``[n, m, k]`` or shared ``[n, k]`` -> ``[n, m, o]``."""
+        if not _has_matrices(edge_index):
+            mean = self.twin(_flat(x), edge_index).view(x.shape)
+            return cast(Tensor, self.lin(torch.cat([x, mean], dim=-1)))
         neighbours = slice(self.width, None)
-        out = self.narrow_side_first(x, graph, self.lin, columns=neighbours)
-        out = out + self.own(x, graph, self.lin, columns=slice(self.width))
+        out = self.narrow_side_first(x, edge_index, self.lin, columns=neighbours)
+        out = out + self.own(x, edge_index, self.lin, columns=slice(self.width))
         return add_bias(out, self.lin.bias)
 
 

@@ -1,0 +1,1 @@
+"""What a run takes in memory, disk, exchange and computation, before anything is allocated."""

@@ -1,0 +1,123 @@
+"""Whether a run has room in memory, found out before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.filesize import decimal
+from torch import nn
+
+from gist.config import TrainConfig
+from gist.costs.estimate import Choice, NotPredictableError, RunOnStage
+from gist.errors import ConfigError
+from gist.execution.allocator import GROWTH
+from gist.execution.memory import free_memory, memory_in_use
+from gist.graph.objective import GraphObjective
+from gist.graph.outline import OutlineObjective
+from gist.partition.spec import PartitionSpec, model_tensors
+
+_COPIES = 20
+"""More than the tensors of the size of the model, or of a layer's features, that a run ever has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a run takes, and what it may take.
+
+    Attributes:
+        needed: Bytes of its peak, or more; None where they cannot be told.
+        limit: Bytes that it may take.
+        most: Subnets that are stacked at most; None for any number.
+        evaluation: Bytes that an evaluation may take beside all that stays; None where there is
+            room for anything.
+    """
+
+    needed: int | None
+    limit: int
+    most: int | None = None
+    evaluation: int | None = None
+
+
+def find_room(
+    model: nn.Module,
+    spec: PartitionSpec,
+    objective: GraphObjective,
+    config: TrainConfig,
+    device: torch.device,
+) -> Room:
+    """What a run takes, refused where that is more than it may.
+
+    A run that is small by a rough bound is let pass at once; any other is rehearsed
+    (:mod:`gist.costs.rehearsal`), which takes a second or two.
+
+    Args:
+        model: The whole model.
+        spec: Its partition spec.
+        objective: The data side.
+        config: Settings; ``memory_limit`` is what the run may take, by default what is in use and
+            free.
+        device: Where it is to run.
+
+    Raises:
+        ConfigError: it does not fit; says what takes the memory, and what to change.
+    """
+    in_use = memory_in_use(device)
+    limit = config.memory_limit
+    if limit is None:
+        limit = in_use + free_memory(device)
+    assert isinstance(limit, int), "parsed by TrainConfig"
+    bound = in_use + _rough_bound(model, spec, objective)
+    if bound * GROWTH <= limit:
+        return Room(needed=bound, limit=limit)
+    data = objective.data
+    there = [data.x, data.y, data.edge_index, *model_tensors(model).values()]
+    try:
+        run = RunOnStage(
+            model,
+            spec,
+            OutlineObjective.like(objective),
+            config,
+            device=device,
+            evaluation=objective.evaluation,
+            counted=sum(t.nbytes for t in there if t.device.type == device.type),
+        )
+        choice = run.choose()
+    except NotPredictableError:
+        return Room(needed=None, limit=limit)
+    if choice.peak > limit:
+        raise _too_large(run, choice)
+    return Room(
+        needed=choice.peak,
+        limit=limit,
+        most=choice.most if choice.limited else None,
+        evaluation=choice.evaluation_limit,
+    )
+
+
+def _rough_bound(model: nn.Module, spec: PartitionSpec, objective: GraphObjective) -> int:
+    """More than a run takes: every tensor that it may ever make at once, and several times."""
+    data = objective.data
+    rows = data.num_nodes
+    if not getattr(model, "accepts_adjacency", False):
+        rows += data.num_edges  # messages
+    columns = data.num_features + data.num_classes + sum(spec.sizes.values())
+    parameters = sum(tensor.nbytes for tensor in model_tensors(model).values())
+    return _COPIES * (parameters + rows * columns * data.x.element_size()) + 64 * data.num_edges
+
+
+def _too_large(run: RunOnStage, choice: Choice) -> ConfigError:
+    phase = max(choice.memory, key=lambda name: sum(choice.memory[name].values()))
+    items = sorted(choice.memory[phase].items(), key=lambda item: -item[1])
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {decimal(size)}"
+        for name, size in items
+        if size > choice.peak / 50
+    )
+    given = run.config.memory_limit is not None
+    return ConfigError(
+        "the run does not fit into memory",
+        got=f"{decimal(choice.peak)} in {phase.replace('_', ' ')}: {parts}",
+        expected=f"at most {decimal(run.limit)}, {'the memory_limit' if given else 'what is free'}",
+        remedy=f"any of: {'; '.join(run.remedies(choice))}",
+    )

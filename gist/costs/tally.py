@@ -1,0 +1,123 @@
+"""Counts what operations on tensors take: live bytes, and floating-point operations.
+
+Shape legend: ``E`` stored entries or edges, ``d`` feature columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import flop_registry
+
+from gist.graph.live_bytes import LiveBytes
+
+aten = torch.ops.aten
+
+
+def without_memory() -> FakeTensorMode:
+    """Tensors that are made under this mode have shape, dtype and device, but no memory.
+
+    What is computed with them is of their kind, by PyTorch's own rules of shapes; autograd,
+    optimisers and custom functions run as they are. Real tensors that meet them count as shapes.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Tally(LiveBytes):  # type: ignore[no-untyped-call]  # torch is untyped here
+    """Live bytes of tensors, with or without memory, and the floating-point operations on them.
+
+    Operations are those of dense products (what :mod:`torch.utils.flop_counter` knows), and ``2 d``
+    for each edge of a product with a graph, be it by a sparse matrix or by gathering and scattering
+    messages. All else is work of a lower order.
+
+    A mask without memory is taken to choose everything: the most that it can.
+
+    Attributes:
+        flops: So far.
+        decides: What a condition on values without memory is taken for; None refuses it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.decides: bool | None = None
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Runs an operation and counts it."""
+        kwargs = dict(kwargs or {})
+        packet = func.overloadpacket
+        if args and isinstance(args[0], FakeTensor):
+            if packet is aten._local_scalar_dense and self.decides is not None:
+                return self.decides
+            if packet in _CHOOSING:
+                func, args, kwargs = _CHOOSING[packet](func, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif packet in _PER_EDGE:
+            self.flops += 2 * _PER_EDGE[packet](*args)
+        return out
+
+
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def _every_entry(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    indices: list[Tensor | None] = []
+    for index in args[1]:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            indices.append(index)
+        else:
+            indices += [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
+    return func, (args[0], indices, *args[2:]), kwargs
+
+
+def _every_position(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    size = (args[0].numel(), args[0].dim())
+    return aten.new_empty.default, (args[0], size), {"dtype": torch.int64}
+
+
+def _every_element(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    return aten.new_empty.default, (args[0], (args[0].numel(),)), {}
+
+
+_CHOOSING: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], _Call]] = {
+    aten.index: _every_entry,
+    aten.index_put: _every_entry,
+    aten.index_put_: _every_entry,
+    aten.nonzero: _every_position,
+    aten.masked_select: _every_element,
+}
+"""Operations whose result has a size that depends on values."""
+
+
+def _bag(weight: Tensor, indices: Tensor, *rest: Any) -> int:
+    return indices.numel() * weight.size(1)
+
+
+def _scattered(out: Tensor, dim: int, index: Tensor, source: Any, *rest: Any) -> int:
+    return math.prod((source if isinstance(source, Tensor) else index).shape)
+
+
+_PER_EDGE: dict[Any, Callable[..., int]] = {
+    aten._embedding_bag: _bag,
+    aten._embedding_bag_forward_only: _bag,
+    aten.scatter_add: _scattered,
+    aten.scatter_add_: _scattered,
+    aten.scatter_reduce: _scattered,
+    aten.scatter_reduce_: _scattered,
+    aten.index_add: _scattered,
+    aten.index_add_: _scattered,
+}
+"""Entries of the messages that a product with a graph sums: ``E d``."""

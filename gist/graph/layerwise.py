@@ -1,0 +1,296 @@
+"""Exact scores of all nodes, layer by layer, in blocks under a limit of memory.
+
+Shape legend: ``N`` nodes, ``E`` edges, ``d`` width of a hidden layer, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn.models.basic_gnn import BasicGNN
+
+from gist.errors import ConfigError
+from gist.graph.adjacency import Adjacency
+from gist.graph.blockwise import ROWS, Blockwise, blocks, matmul_t
+from gist.graph.blockwise_rules import find_blockwise
+from gist.graph.hidden import Hidden
+from gist.graph.rowwise import GraphNorm, RowFunction, Step, as_graph_norm, is_row_wise
+
+_SMALL_BYTES = 4096
+"""For tensors of a few numbers, which are not counted one by one."""
+
+_COMPOSITIONS: set[Any] = {BasicGNN.forward}
+"""Forward functions that are known to be those of ``BasicGNN``."""
+
+
+def register_composition(model_type: type[nn.Module]) -> type[nn.Module]:
+    """Declares that the forward pass of a ``BasicGNN`` subclass composes layers as its parent does.
+
+    Models with a forward function of their own have no layer-wise form without it. May be used as a
+    decorator.
+    """
+    _COMPOSITIONS.add(model_type.forward)
+    return model_type
+
+
+def layerwise_obstacle(model: nn.Module) -> str | None:
+    """What keeps a model from being evaluated layer by layer; None if nothing does."""
+    name = type(model).__name__
+    if not isinstance(model, BasicGNN):
+        return f"{name} is none of PyG's BasicGNN models (GCN, GraphSAGE, GIN, GAT)"
+    if type(model).forward not in _COMPOSITIONS or "forward" in vars(model):
+        return f"{name} has a forward pass of its own"
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{path or name} has forward hooks"
+    for path, conv in model.convs.named_children():
+        if find_blockwise(conv) is None:
+            return f"convs.{path}, a {type(conv).__name__}, has no form that works on blocks"
+    for path, norm in model.norms.named_children():
+        if not is_row_wise(norm) and as_graph_norm(norm) is None:
+            return f"norms.{path}, a {type(norm).__name__}, is not known to treat nodes apart"
+    if model.jk_mode == "lstm":
+        return "jumping knowledge 'lstm' needs all hidden layers at once"
+    if not is_row_wise(model.act):
+        return f"act, a {type(model.act).__name__}, is not known to treat nodes apart"
+    return None
+
+
+def require_layerwise(model: nn.Module) -> None:
+    """Refuses a model that has no layer-wise form.
+
+    Raises:
+        ConfigError: what keeps it from having one.
+    """
+    if obstacle := layerwise_obstacle(model):
+        raise ConfigError(
+            "the model cannot be evaluated layer by layer",
+            got=obstacle,
+            expected="a GCN, GraphSAGE, GIN or GAT of PyG or gist.nn",
+            remedy="use evaluation='full' or evaluation='clusters'",
+        )
+
+
+class _Layer:
+    """A convolution, and what follows it up to the next one.
+
+    Args:
+        conv: The convolution.
+        steps: What follows it and treats each node on its own, up to ``norm``.
+        norm: A norm over all nodes, or None.
+        then: What follows ``norm`` and treats each node on its own.
+        like: A tensor of the dtype and device of the features.
+    """
+
+    def __init__(
+        self,
+        conv: Blockwise,
+        steps: list[Step],
+        norm: GraphNorm | None,
+        then: list[Step],
+        like: Tensor,
+    ) -> None:
+        self.conv, self.norm, self.then = conv, norm, then
+        self.width = conv.out_width
+        self.finish = RowFunction([*conv.after, *steps], self.width, like)
+        self.smallest = max(conv.smallest, self.finish.smallest)
+        self.second: RowFunction | None = None
+        if norm is not None:
+            moments = norm.moments()
+            moments.add(like.new_zeros(2, self.width))
+            self.second = RowFunction([norm.step(moments, like.dtype), *then], self.width, like)
+            self.smallest = max(self.smallest, self.second.smallest)
+        self.enough = max(self.smallest, conv.enough)
+
+    def run(self, source: Hidden, out: Hidden, work: int) -> None:
+        """Fills ``out`` [N, D] from ``source`` [N, d] within ``work`` bytes beside the two."""
+        moments = None if self.norm is None else self.norm.moments()
+        seen = None if moments is None else moments.add
+
+        def finish(rows: slice, left: int) -> None:
+            self.finish.in_place(out.rows[rows], left, seen)
+            out.touched(rows.stop - rows.start)
+
+        self.conv.run(source, out, work, finish)
+        if self.norm is not None and moments is not None and self.second is not None:
+            second = self.second.replaced([self.norm.step(moments, out.rows.dtype), *self.then])
+            for rows in blocks(len(out.rows), 2 * ROWS, out.most_rows):
+                second.in_place(out.rows[rows], work, None)
+                out.touched(rows.stop - rows.start)
+
+
+class Layerwise:
+    """A ``BasicGNN`` model in evaluation mode, layer by layer over a whole graph.
+
+    A layer turns the features ``H`` [N, d] of all nodes into those of the next one, block by block
+    (:mod:`gist.graph.blockwise`); what follows the convolution is applied to finished blocks. Two
+    hidden layers exist at a time, each in memory where the limit has room for it beside the blocks,
+    else in a file mapped into memory (:class:`~gist.graph.hidden.Hidden`).
+
+    Let ``s`` be the bytes of a number. Beside model, features, and the graph with its normalised
+    matrices, a layer ``d -> D`` takes
+
+    - ``s N C`` for the scores, and ``s N (d + D)`` for hidden layers in memory; of those in files
+      as much is resident as the limit leaves;
+    - ``s b d`` for a block of ``b`` nodes where it aggregates first (``d <= D``);
+    - ``s N k`` for ``k`` of its columns where it multiplies first (``d > D``; attention);
+    - jumping knowledge ``"max"`` keeps one hidden layer more.
+
+    The work is that of a plain forward pass: ``2 N d D`` operations for each weight, and ``E``
+    times the narrower of ``d`` and ``D`` for the graph. A weight is read once for each block of
+    nodes, and that is as long as the limit allows up to ``D`` nodes, from where on the weight costs
+    no more to read than the activations.
+
+    Args:
+        model: In evaluation mode; its weights are read when it runs.
+        x: ``[N, F]`` features, on the model's device.
+        graph: The edges.
+
+    Raises:
+        ConfigError: the model has no layer-wise form.
+    """
+
+    def __init__(self, model: Any, x: Tensor, graph: Adjacency) -> None:
+        require_layerwise(model)
+        self.model, self.x = model, x.contiguous()
+        self.layers: list[_Layer] = []
+        for index in range(model.num_layers):
+            width = self.layers[-1].width if index else x.size(1)
+            self.layers.append(self._layer(index, graph, x.new_empty(0, width)))
+        self.num_classes: int = (
+            self.layers[-1].width if model.jk_mode is None else model.lin.out_features
+        )
+
+    def _layer(self, index: int, graph: Adjacency, like: Tensor) -> _Layer:
+        model = self.model
+        maker = find_blockwise(model.convs[index])
+        assert maker is not None, "layerwise_obstacle has looked"
+        conv = maker(graph, like)
+        if index == model.num_layers - 1 and model.jk_mode is None:
+            return _Layer(conv, [], None, [], like)
+        norm = model.norms[index]
+        act = [] if model.act is None else [model.act]
+        first, last = (act, []) if model.act_first else ([], act)
+        if not is_row_wise(norm):
+            return _Layer(conv, first, as_graph_norm(norm), last, like)
+        middle = [] if isinstance(norm, nn.Identity) else [norm]
+        return _Layer(conv, [*first, *middle, *last], None, [], like)
+
+    def _bytes(self, width: int) -> int:
+        return self.x.size(0) * width * self.x.element_size()
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden layers that exist at the same time."""
+        hidden = [self._bytes(layer.width) for layer in self.layers]
+        if self.model.jk_mode is None:
+            hidden.pop()
+        pairs = [sum(hidden[max(i - 1, 0) : i + 1]) for i in range(len(hidden))]
+        if self.model.jk_mode == "max":
+            pairs = [pair + (hidden[0] if i > 1 else 0) for i, pair in enumerate(pairs)]
+        return max(pairs, default=0)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the scores and of the hidden layers that exist at the same time."""
+        return self._bytes(self.num_classes) + self.hidden_bytes
+
+    @property
+    def smallest(self) -> int:
+        """The least memory in bytes that it can run in, the scores included."""
+        blocks = max(layer.smallest for layer in self.layers) + _SMALL_BYTES
+        hidden = 0 if self.x.device.type == "cpu" else self.hidden_bytes
+        return self._bytes(self.num_classes) + hidden + blocks
+
+    @property
+    def enough(self) -> int:
+        """The memory in bytes with which nothing is kept in files, at about full speed."""
+        blocks = max(layer.enough for layer in self.layers)
+        return self.kept_bytes + blocks + _SMALL_BYTES
+
+    @torch.no_grad()
+    def run(self, memory_limit: int) -> Tensor:
+        """Scores of every node.
+
+        Args:
+            memory_limit: Bytes that may be taken beside model, features and graph.
+
+        Returns:
+            ``[N, C]``, in memory.
+
+        Raises:
+            ConfigError: the limit has no room for the smallest block, or a disk none for a hidden
+                layer.
+        """
+        self.check(memory_limit)
+        scores = Hidden(self.x.new_empty(self.x.size(0), self.num_classes))
+        left = memory_limit - scores.bytes - _SMALL_BYTES
+        jumping = self.model.jk_mode
+        given = source = Hidden(self.x)
+        most: Hidden | None = None
+        for index, layer in enumerate(self.layers):
+            if index == len(self.layers) - 1 and jumping is None:
+                layer.run(source, scores, left)
+                return scores.rows
+            out = self._hidden(index, left)
+            left -= out.bytes
+            layer.run(source, out, left)
+            if source is not given and source is not most:
+                left += source.bytes
+            source = out
+            if jumping == "cat":
+                self._add_jump(index, out, scores.rows)
+            elif jumping == "max":
+                most = out if most is None else _maximum(most, out)
+        if jumping != "cat":
+            self._add_jump(0, most or source, scores.rows)
+        return scores.rows
+
+    def check(self, memory_limit: int) -> None:
+        """Refuses a limit that has no room for the smallest block.
+
+        Raises:
+            ConfigError: see above, with the numbers.
+        """
+        if memory_limit < self.smallest:
+            scores = self._bytes(self.num_classes)
+            raise ConfigError(
+                "memory_limit is too small to evaluate the model, even layer by layer",
+                got=f"{memory_limit:,} bytes beside the model and the data",
+                expected=f"at least {self.smallest:,} ({scores:,} of them for the scores), "
+                f"better {self.enough:,}",
+                remedy="raise memory_limit, or use evaluation='clusters'",
+            )
+
+    def _hidden(self, index: int, left: int) -> Hidden:
+        """Room for what a layer puts out."""
+        shape = self.x.size(0), self.layers[index].width
+        reserve = max(layer.enough for layer in self.layers[index:])
+        if self.x.device.type != "cpu" or self._bytes(shape[1]) + reserve <= left:
+            return Hidden(self.x.new_empty(shape))
+        spare = left - max(layer.smallest for layer in self.layers[index:])
+        return Hidden.in_file(shape, self.x.dtype, allowance=spare // 4)
+
+    def _add_jump(self, index: int, hidden: Hidden, scores: Tensor) -> None:
+        """One layer's share of the last linear layer, whose inputs are layers side by side."""
+        linear, width = self.model.lin, hidden.rows.size(1)
+        weight = linear.weight[:, index * width : (index + 1) * width]
+        for rows in blocks(len(scores), 2 * ROWS, hidden.most_rows):
+            if index == 0:
+                matmul_t(hidden.rows[rows], weight, scores[rows])
+                if linear.bias is not None:
+                    scores[rows] += linear.bias
+            else:
+                scores[rows].addmm_(hidden.rows[rows], weight.t())
+            hidden.touched(rows.stop - rows.start)
+
+
+def _maximum(most: Hidden, other: Hidden) -> Hidden:
+    """The entrywise maximum, in place of the first."""
+    for rows in blocks(len(most.rows), 2 * ROWS, most.most_rows, other.most_rows):
+        torch.maximum(most.rows[rows], other.rows[rows], out=most.rows[rows])
+        most.touched(rows.stop - rows.start)
+        other.touched(rows.stop - rows.start)
+    return most
