@@ -72,7 +72,8 @@ def main() -> None:
     start(parsed)
     widths, steps = [256, 1024, 4096], [1, 5, 20, 100]
     if parsed.quick:
-        widths, steps, parsed.repeats = [256, 1024], [1, 5, 20], min(parsed.repeats, 3)
+        widths, steps = [128, 512], [1, 5, 20]
+        parsed.nodes, parsed.repeats = min(parsed.nodes, 1000), min(parsed.repeats, 3)
     data = load_dataset("csbm", num_nodes=parsed.nodes, num_features=100, num_classes=47, seed=0)
     rows: list[Row] = []
     for width, executor in product(widths, ("stacked", "serial")):

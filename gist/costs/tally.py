@@ -63,12 +63,16 @@ class Tally(LiveBytes):  # type: ignore[no-untyped-call]  # torch is untyped her
             if packet in _CHOOSING:
                 func, args, kwargs = _CHOOSING[packet](func, args, kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        packet = _IN_PLACE.get(packet, packet)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         elif packet in _PER_EDGE:
             self.flops += 2 * _PER_EDGE[packet](*args)
         return out
 
+
+_IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+"""Products that PyTorch's registry knows by another name alone."""
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -102,17 +106,11 @@ _CHOOSING: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], _Call]] = 
 """Operations whose result has a size that depends on values."""
 
 
-def _bag(weight: Tensor, indices: Tensor, *rest: Any) -> int:
-    return indices.numel() * weight.size(1)
-
-
 def _scattered(out: Tensor, dim: int, index: Tensor, source: Any, *rest: Any) -> int:
     return math.prod((source if isinstance(source, Tensor) else index).shape)
 
 
 _PER_EDGE: dict[Any, Callable[..., int]] = {
-    aten._embedding_bag: _bag,
-    aten._embedding_bag_forward_only: _bag,
     aten.scatter_add: _scattered,
     aten.scatter_add_: _scattered,
     aten.scatter_reduce: _scattered,

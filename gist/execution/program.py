@@ -51,9 +51,10 @@ class Program:
             for name, tensor in model_tensors(self.module).items()
         }
 
-    def part(self, index: int) -> dict[str, Tensor]:
-        """Views of one subnet's tensors."""
-        return {name: tensor[index] for name, tensor in self.tensors.items()}
+    def parts(self) -> list[dict[str, Tensor]]:
+        """Views of each subnet's tensors."""
+        tensors = self.tensors
+        return [{name: t[place] for name, t in tensors.items()} for place in range(self.size)]
 
     def buffers(self, turn: int) -> dict[str, Tensor]:
         """One of two sets of tensors, by ``turn % 2``, for one to be filled while the other trains.

@@ -90,10 +90,10 @@ class RoundExecutor(ABC):
                 waited += time.perf_counter() - start
                 losses.append(self._train(program, plan, subnets))
                 start = time.perf_counter()
-                for place in range(len(subnets)):
-                    lane.submit(transfer.save, program.part(place))
-                    if self.carried is not None:
-                        states.append(program.state(place))
+                for part in program.parts():
+                    lane.submit(transfer.save, part)
+                if self.carried is not None:
+                    states += [program.state(place) for place in range(len(subnets))]
             lane.submit(transfer.finish)
             lane.wait()
         if self.carried is not None:

@@ -115,9 +115,10 @@ class Attention(Blockwise):
     def _add_heads(self, source: Hidden, out: Hidden, work: int) -> None:
         """Adds all heads to ``out``: several in one pass over ``source``, or a part of one."""
         heads, size = self.heads, self.channels
-        while heads > 1 and self._least(size, heads) + CHUNK_BYTES > work:
+        most = work - min(CHUNK_BYTES, work // 4)  # the rest is for more than one row at a time
+        while heads > 1 and self._least(size, heads) > most:
             heads = -(-heads // 2)
-        while self.folds and size > 1 and self._least(size) + CHUNK_BYTES > work:
+        while self.folds and size > 1 and self._least(size) > most:
             size = -(-size // 2)
         scores = self._folded(source) if self.folds else None
         for group in blocks(self.heads, heads):

@@ -66,6 +66,8 @@ class IndexMap:
 
     def forward(self, units: Tensor) -> Tensor:
         """Positions of ``units`` [k], copy by copy: ``[k * positions_per_unit]``."""
+        if self.positions_per_unit == 1:
+            return units + self.offsets[0]
         within = (units[:, None] * self.width + torch.arange(self.width)).reshape(-1)
         return (torch.tensor(self.offsets)[:, None] + within).reshape(-1)
 

@@ -24,6 +24,7 @@ class Selection:
     def __init__(self, spec: PartitionSpec, assignment: Assignment, subnet: int) -> None:
         self.spec, self.assignment, self.subnet = spec, assignment, subnet
         self._positions: dict[tuple[int, tuple[tuple[str, Any], ...]], Tensor | None] = {}
+        self._indices: dict[str, Index] = {}
 
     def holds(self, layout: ParamLayout) -> bool:
         """Whether the subnet holds any of a tensor: only tensors of absent units are left out."""
@@ -34,15 +35,17 @@ class Selection:
 
     def index(self, layout: ParamLayout) -> Index:
         """Positions kept along each dim of the layout's tensor."""
-        by_dim: dict[int, list[Slot]] = {}
-        for slot in layout.slots:
-            by_dim.setdefault(slot.dim, []).append(slot)
-        return tuple(
-            self.positions(Axis(size=n, parts=tuple((s.group, s.map) for s in by_dim[dim])))
-            if dim in by_dim
-            else None
-            for dim, n in enumerate(layout.shape)
-        )
+        if layout.name not in self._indices:
+            by_dim: dict[int, list[Slot]] = {}
+            for slot in layout.slots:
+                by_dim.setdefault(slot.dim, []).append(slot)
+            self._indices[layout.name] = tuple(
+                self.positions(Axis(size=n, parts=tuple((s.group, s.map) for s in by_dim[dim])))
+                if dim in by_dim
+                else None
+                for dim, n in enumerate(layout.shape)
+            )
+        return self._indices[layout.name]
 
     def positions(self, axis: Axis) -> Tensor | None:
         """Positions of an axis that the subnet holds, ascending; None where it holds all."""
@@ -52,6 +55,11 @@ class Selection:
         return self._positions[key]
 
     def _compute(self, axis: Axis) -> Tensor | None:
+        if len(axis.parts) == 1:
+            (group, index), size = axis.parts[0], self.spec.groups[axis.parts[0][0]].size
+            if size * index.positions_per_unit == axis.size:  # no position of no unit
+                held = self.assignment.held[group][self.subnet]
+                return None if held.numel() == size else index.forward(held).sort().values
         kept = torch.ones(axis.size, dtype=torch.bool)
         for group, index in axis.parts:
             units = torch.arange(self.spec.groups[group].size)
@@ -170,6 +178,10 @@ class Merge:
     ) -> None:
         self.tensors, self.spec, self.assignment = tensors, spec, assignment
         self.selections = [Selection(spec, assignment, i) for i in range(assignment.num_subnets)]
+        alone = assignment.num_subnets == 1
+        self._exclusive = {
+            name: alone or _is_exclusive(spec.layouts[name], spec, assignment) for name in tensors
+        }
         self._means: dict[str, _Mean] = {}
         self._added = 0
 
@@ -178,12 +190,11 @@ class Merge:
         """Takes the next subnet's tensors, as :func:`extract` gave them, trained."""
         selection = self.selections[self._added]
         self._added += 1
-        alone = self.assignment.num_subnets == 1
         for name, tensor in self.tensors.items():
             layout = self.spec.layouts[name]
             if not selection.holds(layout):
                 continue
-            if alone or _is_exclusive(layout, self.spec, self.assignment):
+            if self._exclusive[name]:
                 self.write(name, selection.index(layout), part[name])
             else:
                 if name not in self._means:

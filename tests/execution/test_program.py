@@ -318,7 +318,7 @@ def test_states_go_in_and_come_out_subnet_by_subnet():
 
 def test_parts_are_views_of_what_trains():
     program = Program(gcn("batch"), size=1, grouped=False, config=config())
-    part = program.part(0)
+    part = program.parts()[0]
     assert part.keys() == model_tensors(program.module).keys()
     with torch.no_grad():
         program.module.convs[0].bias.fill_(7.0)

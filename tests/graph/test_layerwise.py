@@ -82,14 +82,14 @@ ANY = [
 ]
 
 
-def build(family: str, settings: dict, layers: int = 3, width: int = 8) -> nn.Module:
+def build(family: str, choice: dict, layers: int = 3, width: int = 8) -> nn.Module:
     """A model with random parameters and statistics, in float64 and evaluation mode."""
     if family == "concat":
-        model = gist.nn.GraphSAGE(FEATURES, width, CLASSES, layers, concat=True, **settings)
+        model = gist.nn.GraphSAGE(FEATURES, width, CLASSES, layers, concat=True, **choice)
     elif hasattr(gist.nn, family):
-        model = getattr(gist.nn, family)(FEATURES, width, CLASSES, layers, **settings)
+        model = getattr(gist.nn, family)(FEATURES, width, CLASSES, layers, **choice)
     else:
-        model = getattr(zoo, family[3:])(FEATURES, width, layers, CLASSES, **settings)
+        model = getattr(zoo, family[3:])(FEATURES, width, layers, CLASSES, **choice)
     generator = torch.Generator().manual_seed(0)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
@@ -141,7 +141,7 @@ def plain(model: nn.Module, x: Tensor, graph: Adjacency) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(graph=graphs(), share=st.floats(0, 1))
 def test_it_is_the_plain_forward_pass_within_its_limit(name, graph, share):
     model, x = build(*MODELS[name]), features(graph)
@@ -156,6 +156,7 @@ def test_it_is_the_plain_forward_pass_within_its_limit(name, graph, share):
 
 
 @pytest.mark.parametrize("family", ["GCN", "GraphSAGE", "concat", "GAT", "pygGIN"])
+@settings(max_examples=10)
 @given(
     graph=graphs(),
     layers=st.integers(1, 4),
@@ -163,8 +164,10 @@ def test_it_is_the_plain_forward_pass_within_its_limit(name, graph, share):
     share=st.floats(0, 1),
 )
 def test_it_is_exact_for_any_depth_and_width(family, graph, layers, width, share):
-    settings = {"heads": 1} if family == "GAT" else {}
-    model, x = build(family, settings, layers, width), features(graph)
+    model, x = (
+        build(family, {"heads": 1} if family == "GAT" else {}, layers, width),
+        features(graph),
+    )
     expected = plain(model, x, graph)
     by_layer = Layerwise(model, x, graph)
     limit = by_layer.smallest + int(share * (by_layer.enough - by_layer.smallest))
@@ -179,8 +182,8 @@ def test_edge_weights_of_a_gcn_are_used():
     graph = Adjacency(edges, 20, weight)
     x = features(graph)
     for family in ("GCN", "pygGCN"):
-        for settings in ({}, {"normalize": False}, {"improved": True}):
-            model = build(family, settings)
+        for choice in ({}, {"normalize": False}, {"improved": True}):
+            model = build(family, choice)
             got = Layerwise(model, x, graph).run(2**20)
             assert torch.allclose(got, plain(model, x, graph), rtol=1e-9)
             bare = Layerwise(model, x, Adjacency(edges, 20)).run(2**20)
@@ -210,14 +213,14 @@ def star(nodes: int, edges: int) -> Adjacency:
 
 @pytest.mark.parametrize(
     ("nodes", "width"),
-    [(4000, 8), (300, 512), (40, 4096)],
+    [(2000, 8), (200, 256), (40, 1024)],
     ids=["many nodes, narrow", "both", "few nodes, wide"],
 )
 @pytest.mark.parametrize("family", ["GCN", "GraphSAGE", "concat", "GAT"])
 def test_the_peak_stays_under_the_limit_in_float32(family, nodes, width):
     graph = star(nodes, 5 * nodes)
-    settings = {"heads": 4} if family == "GAT" else {}
-    model, x = build(family, settings, 3, width).float(), features(graph, torch.float32)
+    choice = {"heads": 4} if family == "GAT" else {}
+    model, x = build(family, choice, 3, width).float(), features(graph, torch.float32)
     layers = Layerwise(model, x, graph)
     hidden = nodes * width * 4
     assert layers.enough > 2 * hidden
