@@ -26,7 +26,7 @@ from gist.execution.auto import AutoExecutor
 from gist.execution.local import make_optimizer
 from gist.execution.make import make_executor
 from gist.execution.mapped import MODEL_FILE, make_store
-from gist.execution.memory import PeakMemory, free_memory
+from gist.execution.memory import PeakMemory, free_memory, memory_in_use
 from gist.execution.objective import Objective
 from gist.execution.tensorfile import FileLayout, write_tensors
 from gist.graph.batch import BatchRecipe, FullGraph
@@ -550,17 +550,14 @@ class GISTTrainer(SubnetTrainer):
             self.objective.inference = Inference(**chosen)
 
     def _inference_limit(self) -> int:
-        """Bytes that an evaluation may take beside the model, a copy of it, and the data."""
+        """Bytes that an evaluation may take beside all that stays."""
         if self.room is not None and self.room.evaluation is not None:
             return self.room.evaluation
         limit = self.config.memory_limit
         if limit is None:
             return default_memory_limit(self.device, free_memory(self.device))
         assert isinstance(limit, int), "parsed by TrainConfig"
-        held = [self.data.x, self.data.y, self.data.edge_index]
-        if self.config.store == "memory":
-            held += list(model_tensors(self.model).values()) * (1 + self.config.keep_best)
-        return max(limit - sum(tensor.nbytes for tensor in held), 0)
+        return default_memory_limit(self.device, max(limit - memory_in_use(self.device), 0))
 
 
 def _recipe(config: GraphConfig) -> BatchRecipe:

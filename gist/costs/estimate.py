@@ -233,7 +233,7 @@ class RunOnStage:
             data = self.objective.data
             with self.stage.arranging():
                 self._layers = Layerwise(self.model.eval(), data.x, data.adjacency)
-        return "layerwise", max(min(left, self._layers.enough), self._layers.smallest), left
+        return "layerwise", max(min(left, self._layers.most), self._layers.smallest), left
 
     def choose(self) -> Choice:
         """The way that the settings ask for, with as many subnets side by side as fit.

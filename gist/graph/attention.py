@@ -96,6 +96,11 @@ class Attention(Blockwise):
         columns = min(self.channels, COLUMNS) if self.folds else self.channels
         return self._least(columns) + CHUNK_BYTES
 
+    @property
+    def most(self) -> int:
+        """See :attr:`Blockwise.most`."""
+        return self._least(self.channels, self.heads) + 4 * CHUNK_BYTES
+
     def run(self, source: Hidden, out: Hidden, work: int, finish: Finish) -> None:
         """See :meth:`Blockwise.run`."""
         conv, most = self.conv, min(2 * ROWS, source.most_rows, out.most_rows)

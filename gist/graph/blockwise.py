@@ -60,6 +60,11 @@ class Blockwise(ABC):
     def enough(self) -> int:
         """Bytes with which it runs at about full speed."""
 
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """Bytes that it takes where it may take any number."""
+
     @abstractmethod
     def run(self, source: Hidden, out: Hidden, work: int, finish: Finish) -> None:
         """Computes all output rows without :attr:`after`, and has them finished.
@@ -186,6 +191,16 @@ class Product(Blockwise):
         columns = min(self.weight.size(0), COLUMNS)
         return self._column_bytes(columns) + max(CHUNK_BYTES, self._temporary(columns))
 
+    @property
+    def most(self) -> int:
+        """See :attr:`Blockwise.most`."""
+        if not self.multiplies_first:
+            rows = min(self.matrix.num_cols, node_rows(self.weight))
+            return rows * self._row_bytes(self.weight.size(1))
+        fixed = 0 if self.before is None else self.before.fixed
+        temporary = max(CHUNK_BYTES + fixed, self._temporary(self.out_width))
+        return self._column_bytes(self.out_width) + temporary
+
     def _row_bytes(self, width: int) -> int:
         """A row of a product with the graph."""
         return width * self.weight.element_size() + INDEX_BYTES
@@ -290,6 +305,11 @@ class Aggregation(Blockwise):
         """See :attr:`Blockwise.enough`."""
         return min(self.matrix.num_cols, ROWS) * self._row_bytes() + self.network.fixed
 
+    @property
+    def most(self) -> int:
+        """See :attr:`Blockwise.most`."""
+        return min(self.matrix.num_cols, 2 * ROWS) * self._row_bytes() + self.network.fixed
+
     def run(self, source: Hidden, out: Hidden, work: int, finish: Finish) -> None:
         """See :meth:`Blockwise.run`."""
         size = min((work - self.network.fixed) // self._row_bytes(), 2 * ROWS)
@@ -349,6 +369,11 @@ class Neighbourhood(Blockwise):
     def enough(self) -> int:
         """See :attr:`Blockwise.enough`."""
         return self.smallest + 4 * CHUNK_BYTES
+
+    @property
+    def most(self) -> int:
+        """See :attr:`Blockwise.most`."""
+        return max(self.fixed + 16 * CHUNK_BYTES, self.smallest)
 
     def run(self, source: Hidden, out: Hidden, work: int, finish: Finish) -> None:
         """See :meth:`Blockwise.run`."""

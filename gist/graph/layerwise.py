@@ -16,7 +16,7 @@ from gist.graph.adjacency import Adjacency
 from gist.graph.blockwise import ROWS, Blockwise, blocks, matmul_t
 from gist.graph.blockwise_rules import find_blockwise
 from gist.graph.hidden import Hidden
-from gist.graph.rowwise import GraphNorm, RowFunction, Step, as_graph_norm, is_row_wise
+from gist.graph.rowwise import CHUNK_BYTES, GraphNorm, RowFunction, Step, as_graph_norm, is_row_wise
 
 _SMALL_BYTES = 4096
 """For tensors of a few numbers, which are not counted one by one."""
@@ -103,6 +103,8 @@ class _Layer:
             self.second = RowFunction([norm.step(moments, like.dtype), *then], self.width, like)
             self.smallest = max(self.smallest, self.second.smallest)
         self.enough = max(self.smallest, conv.enough)
+        chunks = max(step.fixed for step in (self.finish, self.second or self.finish)) + CHUNK_BYTES
+        self.most = max(self.smallest, conv.most, chunks)
 
     def run(self, source: Hidden, out: Hidden, work: int) -> None:
         """Fills ``out`` [N, D] from ``source`` [N, d] within ``work`` bytes beside the two."""
@@ -208,6 +210,12 @@ class Layerwise:
     def enough(self) -> int:
         """The memory in bytes with which nothing is kept in files, at about full speed."""
         blocks = max(layer.enough for layer in self.layers)
+        return self.kept_bytes + blocks + _SMALL_BYTES
+
+    @property
+    def most(self) -> int:
+        """The memory in bytes that it takes where it may take any number."""
+        blocks = max(layer.most for layer in self.layers)
         return self.kept_bytes + blocks + _SMALL_BYTES
 
     @torch.no_grad()
