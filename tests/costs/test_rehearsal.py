@@ -16,8 +16,9 @@ from gist.execution.rounds import RoundExecutor
 from gist.graph.live_bytes import LiveBytes
 from gist.graph.outline import OutlineObjective
 from gist.nn import GAT, GCN, GraphSAGE
+from gist.partition.transfer import Selection
 from gist.partition.wiring import partition_spec
-from gist.plan import plan_rounds
+from gist.plan import RoundPlan, plan_rounds
 
 CPU = torch.device("cpu")
 NODES, DEGREE, FEATURES, CLASSES = 200, 8, 12, 5
@@ -52,12 +53,21 @@ def rehearsed(
     plans = {plan.num_subnets: plan for plan in reversed(plan_rounds(config, 1))}
     rounds = sorted(plans.values(), key=lambda plan: plan.index)
     spec = partition_spec(model)
-    return rehearse_rounds(stage, model, spec, objective, config, rounds, most=most), evaluation
+    for _ in range(2):  # a first run makes what the graph keeps from then on
+        found = rehearse_rounds(stage, model, spec, objective, config, rounds, most=most)
+    return found, evaluation
 
 
 def executor_of(trainer: GISTTrainer) -> RoundExecutor:
     assert isinstance(trainer.executor, RoundExecutor)
     return trainer.executor
+
+
+def index_sets(trainer: GISTTrainer, plan: RoundPlan) -> list[Any]:
+    """Which units each subnet holds, and the positions of these in every tensor."""
+    assignment, layouts = trainer.assign(plan), trainer.spec.layouts.values()
+    selections = [Selection(trainer.spec, assignment, i) for i in range(plan.num_subnets)]
+    return [assignment, [[each.index(layout) for layout in layouts] for each in selections]]
 
 
 @pytest.mark.parametrize("executor", ["serial", "stacked"])
@@ -70,6 +80,8 @@ def test_a_real_round_has_as_many_bytes_alive(name, executor):
     runs, plan = executor_of(trainer), trainer.rounds[0]
     with LiveBytes() as live:
         runs.run_round(plan, trainer.assign(plan))
+    with LiveBytes() as indices:  # a rehearsal has those of one program's subnets
+        kept = index_sets(trainer, plan)
     rounds, _ = rehearsed(MODELS[name], most=4 if executor == "stacked" else None)
 
     def tensors(programs: list[Program]) -> int:
@@ -80,7 +92,8 @@ def test_a_real_round_has_as_many_bytes_alive(name, executor):
     assert rounds.subnets == tensors(programs)
     assert rounds.optimizer == sum(tensor.nbytes for tensor in state)
     peak = max(rounds.training, rounds.arranging)
-    assert peak == pytest.approx(live.peak, rel=0.01), "targets of a loss, indices of units"
+    assert 0.999 * live.peak - indices.bytes <= peak <= 1.01 * live.peak, "targets of a loss"
+    assert kept
 
 
 def test_an_evaluation_has_as_many_bytes_alive():
