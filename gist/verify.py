@@ -25,7 +25,7 @@ from gist.partition.transfer import Selection, extract, gather, merge, scatter_
 from gist.partition.wiring import Wiring, partition_spec
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_LARGE_MODEL_ENTRIES = 50_000_000
+LARGE_MODEL_ENTRIES = 50_000_000
 _FEW_UNITS = 8
 
 
@@ -309,7 +309,7 @@ def small_model(model: nn.Module, spec: PartitionSpec, seed: int = 0) -> nn.Modu
     That is the model itself; or, where it has more than fifty million entries or no memory, a
     subnet of few units that stands for it.
     """
-    large = sum(t.numel() for t in model_tensors(model).values()) > _LARGE_MODEL_ENTRIES
+    large = sum(t.numel() for t in model_tensors(model).values()) > LARGE_MODEL_ENTRIES
     narrow = large and not spec.blocks
     without_memory = has_no_memory(model)
     if not (narrow or without_memory):

@@ -192,7 +192,7 @@ def test_a_model_without_units_is_fine():
 
 
 def test_large_models_are_verified_on_a_narrow_copy(monkeypatch):
-    monkeypatch.setattr("gist.verify._LARGE_MODEL_ENTRIES", 100)
+    monkeypatch.setattr("gist.verify.LARGE_MODEL_ENTRIES", 100)
     assert verify_wiring(Net(width=64), sample(), wiring=CHAIN) < 1e-4
     with pytest.raises(PartitionError):
         verify_wiring(Residual(width=64), sample(), wiring=APART)

@@ -32,7 +32,7 @@ from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import plan_rounds
-from gist.verify import _LARGE_MODEL_ENTRIES
+from gist.verify import LARGE_MODEL_ENTRIES
 
 _WORKSPACE_BYTES = 32 * 2**20
 """Buffers of matrix products, stacks of threads, and code that is loaded when first used."""
@@ -381,7 +381,7 @@ class RunOnStage:
         }
         own = rounds.carried + rounds.subnets + rounds.optimizer
         edges = self.objective.data.num_edges
-        small = self.model_bytes // 4 <= _LARGE_MODEL_ENTRIES and not on_disk
+        small = self.model_bytes // 4 <= LARGE_MODEL_ENTRIES and not on_disk
         training = {
             **standing,
             **subnets,
