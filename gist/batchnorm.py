@@ -28,7 +28,7 @@ def recalibrate_batchnorm(model: nn.Module, objective: Objective, batches: Itera
     Returns:
         Whether the model tracks any statistics.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = _tracking(model)
     if not norms:
         return False
     momenta = {norm: norm.momentum for norm in norms}
@@ -43,3 +43,13 @@ def recalibrate_batchnorm(model: nn.Module, objective: Objective, batches: Itera
     for norm in norms:
         norm.momentum = momenta[norm]
     return True
+
+
+def tracks_statistics(model: nn.Module) -> bool:
+    """Whether a model has running statistics to re-estimate."""
+    return bool(_tracking(model))
+
+
+def _tracking(model: nn.Module) -> list[_BatchNorm]:
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is not None]

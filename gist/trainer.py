@@ -71,6 +71,7 @@ class SubnetTrainer:
         spec: Its partition spec.
         rounds: The plan of every round.
         room: What the run takes in memory, and what it may take; None where that is not known.
+        most_stacked: Subnets that run side by side at most; None for any number.
         wiring_error: Largest relative difference between a subnet and the masked whole model that
             the verification saw; rounding, where the wiring is right.
         history: One record per round so far.
@@ -109,13 +110,14 @@ class SubnetTrainer:
         if self.config.out is not None:
             _make_folder(Path(self.config.out))
         self.store = make_store(model, self.spec, self.config)
-        self.executor = make_executor(
+        self.most_stacked = None if self.room is None else self.room.most
+        self._make_executor = partial(
+            make_executor,
             model,
             self.spec,
             objective,
             self.config,
             store=self.store,
-            most=None if self.room is None else self.room.most,
             check_grouping=lambda: verify_grouping(
                 model,
                 objective.sample_inputs,
@@ -125,6 +127,7 @@ class SubnetTrainer:
             ),
             say=self._say,
         )
+        self.executor = self._make_executor(most=self.most_stacked)
         self.history: list[RoundRecord] = []
         self.best: RoundRecord | None = None
         self.result: TrainResult | None = None
@@ -383,13 +386,15 @@ class SubnetTrainer:
         files = {"model": self.store.write}
         if self.store.has_kept:
             files["best"] = self.store.write_kept
-        if state := self.executor.state_dict():
+        state = self.executor.state_dict()
+        if state:
             files["executor"] = partial(write_tensors, tensors=state)
         values = {
             "run": self.describe(),
             "history": [asdict(record) for record in self.history],
             "best_round": None if self.best is None else self.best.round,
             "executor_choices": self.executor_choices,
+            "most_stacked": self.most_stacked,
             **self._more_choices(),
         }
         return checkpoint.save_checkpoint(
@@ -397,7 +402,8 @@ class SubnetTrainer:
             len(self.history),
             files=files,
             state=values,
-            nbytes=FileLayout.of(model_tensors(self.model)).nbytes,
+            nbytes=FileLayout.of(model_tensors(self.model)).nbytes * (1 + self.store.has_kept)
+            + sum(tensor.nbytes for tensor in state.values()),
         )
 
     def _more_choices(self) -> dict[str, Any]:
@@ -434,6 +440,7 @@ class SubnetTrainer:
         self.store.read(model)
         if kept is not None:
             self.store.read_kept(kept)
+        self._restore_most(found.state.get("most_stacked"))
         self.executor.load_state_dict(found.tensors("executor"))
         if isinstance(self.executor, AutoExecutor):
             self.executor.restore_choices(found.state["executor_choices"])
@@ -441,6 +448,24 @@ class SubnetTrainer:
         self.history = [RoundRecord(**record) for record in found.state["history"]]
         best = found.state["best_round"]
         self.best = None if best is None else self.history[best]
+
+    def _restore_most(self, most: int | None) -> None:
+        """Stacks as many subnets as the run did so far: with others its bits would not be the same.
+
+        Raises:
+            CheckpointError: memory has no room for so many.
+        """
+        if most == self.most_stacked:
+            return
+        if self.most_stacked is not None and (most is None or most > self.most_stacked):
+            raise CheckpointError(
+                "the run had more subnets side by side than memory has room for now",
+                got=f"room for {self.most_stacked}",
+                expected="all of them" if most is None else most,
+                remedy="free memory, or start anew",
+            )
+        self.most_stacked = most
+        self.executor = self._make_executor(most=most)
 
     def _refuse_foreign_checkpoints(self) -> None:
         if self.config.checkpoint_every is None or self.config.out is None:
@@ -524,7 +549,9 @@ class GISTTrainer(SubnetTrainer):
 
     def _find_room(self) -> Room | None:
         assert isinstance(self.objective, GraphObjective)
-        return find_room(self.model, self.spec, self.objective, self.config, self.device)
+        return find_room(
+            self.model, self.spec, self.objective, self.config, self.device, say=self._say
+        )
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON values: model, groups, settings, batches."""
@@ -546,8 +573,16 @@ class GISTTrainer(SubnetTrainer):
     def _restore_more(self, state: dict[str, Any]) -> None:
         assert isinstance(self.objective, GraphObjective)
         chosen = state.get("inference")
-        if chosen is not None and chosen["memory_limit"] <= free_memory(self.device):
-            self.objective.inference = Inference(**chosen)
+        if chosen is None:
+            return
+        free = free_memory(self.device)
+        if chosen["memory_limit"] > free:
+            self._say(
+                f"evaluation decides anew what to keep in memory: {chosen['memory_limit']:,} bytes "
+                f"were allowed so far, {free:,} are free; metrics may differ by rounding"
+            )
+            return
+        self.objective.inference = Inference(**chosen)
 
     def _inference_limit(self) -> int:
         """Bytes that an evaluation may take beside all that stays."""

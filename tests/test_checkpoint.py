@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from gist import GISTTrainer, load_dataset
 from gist.checkpoint import load_checkpoint, save_checkpoint
+from gist.costs.room import Room
 from gist.errors import CheckpointError, ConfigError
 from gist.execution.tensorfile import write_tensors
 from gist.nn import GCN, GraphSAGE
@@ -276,3 +277,40 @@ def test_what_a_killed_write_left_is_cleared_away(tmp_path):
     (tmp_path / ".writing-old" / "model.safetensors").write_bytes(b"half")
     save(tmp_path, 1, 1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["round-000001"]
+
+
+@pytest.mark.parametrize(("first", "now"), [(2, None), (1, None), (2, 3)])
+def test_a_run_stacks_as_many_subnets_as_before_when_it_is_resumed(
+    tmp_path, monkeypatch, first, now
+):
+    def with_room_for(most, **settings):
+        room = Room(needed=1, limit=2**40, most=most)
+        monkeypatch.setattr("gist.trainer.find_room", lambda *_, **__: room)
+        return trainer(tmp_path, checkpoint_every=1, executor="stacked", **settings)
+
+    whole = trainer(executor="stacked")
+    whole.executor = whole._make_executor(most=first)
+    expected = whole.fit()
+    with_room_for(first, callbacks=[Stop(2)]).fit()
+    resumed = with_room_for(now)
+    got = resumed.fit(resume=tmp_path)
+    assert resumed.most_stacked == first
+    for ours, theirs in zip(got.history, expected.history, strict=True):
+        assert (ours.train_loss, ours.val_loss) == (theirs.train_loss, theirs.val_loss)
+    other = model_tensors(whole.model)
+    for name, tensor in model_tensors(resumed.model).items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize(("first", "now"), [(None, 2), (3, 2), (2, 1)])
+def test_a_run_is_not_resumed_where_fewer_subnets_fit_side_by_side(
+    tmp_path, monkeypatch, first, now
+):
+    for most in (first, now):
+        room = Room(needed=1, limit=2**40, most=most)
+        monkeypatch.setattr("gist.trainer.find_room", lambda *_, room=room, **__: room)
+        run = trainer(tmp_path, checkpoint_every=1, callbacks=[Stop(1)])
+        if most == first:
+            run.fit()
+    with pytest.raises(CheckpointError, match=rf"room for {now}; expected: (all of them|{first})"):
+        run.fit(resume=tmp_path)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ TINY = [
     "--data", "num_nodes=120", "--data", "num_features=6", "--data", "num_classes=3",
     "--hidden", "16", "--epochs", "48", "--local-steps", "4", "--threads", "1",
 ]  # fmt: skip
+
+SIZES = ["--nodes", "5000", "--edges", "40000", "--features", "20", "--classes", "6"]
 
 FIELDS = {
     "dataset", "method", "model", "executor", "hidden", "layers", "subnets", "workers",
@@ -173,6 +176,15 @@ def test_compare_without_the_full_model_has_no_speedup(gist):
         (["train", "csbm", *TINY, "--out", "/proc/x"], "out is no directory"),
         (["train", "csbm", "--data", "name=x"], "options that csbm does not have"),
         (["report", "nowhere"], "nowhere"),
+        (["plan"], "needs all of its sizes; got: no num_nodes, num_edges, num_features"),
+        (["plan", *SIZES[:-2]], "needs all of its sizes; got: no num_classes"),
+        (["plan", "coar"], "did you mean 'cora'"),
+        (["plan", "csbm", "--data", "nodes=3"], "options that csbm does not have"),
+        (["plan", *SIZES, "--hidden", "16", "--subnets", "17"], "17, group 'hidden.0'"),
+        (["plan", *SIZES, "--model", "gnc"], "unknown model; got: 'gnc'"),
+        (["plan", *SIZES, "--memory-limit", "8 GoB"], "memory_limit must be a positive number"),
+        (["plan", *SIZES, "--nodes", "0"], "--nodes"),
+        (["plan", *SIZES, "--resume", "run"], "No such option"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(gist, arguments, message):
@@ -197,6 +209,88 @@ def test_prepare_lists_and_needs_no_network_for_generated_data(gist):
     assert "nothing to download" in printed
 
 
+def test_plan_says_what_a_run_on_a_dataset_takes(gist, monkeypatch, tmp_path):
+    monkeypatch.setenv("GIST_CACHE", str(tmp_path))  # cora is not there, and need not be
+    monkeypatch.delenv("GIST_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    code, printed, _ = gist("plan", "cora", "--subnets", "8", "--hidden", "64", "--threads", "1")
+    assert code == 0
+    for words in ("2,708 nodes", "m = 8", "at the peak", "the run", "exchange", "on disk"):
+        assert words in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert list(tmp_path.iterdir()) == [], "a plan writes nothing"
+
+
+def test_plan_takes_what_is_not_given_from_the_card(gist):
+    from gist.graph.cards import load_card
+
+    card = load_card("csbm")
+    _, printed, _ = gist("plan", "csbm", "--subnets", "8", "--json", "-")
+    values = json.loads(printed)
+    assert values["graph"]["nodes"] == card.nodes
+    assert values["num_subnets"] == 8
+    layers, hidden = (card.settings_for(8)[name] for name in ("layers", "hidden"))
+    # A gcn has one weight and one bias in each layer.
+    widths = [card.features, *[hidden] * (layers - 1), card.classes]
+    weights = sum(a * b for a, b in pairwise(widths))
+    assert values["num_parameters"] == weights + sum(widths[1:])
+    _, printed, _ = gist("plan", "csbm", "--subnets", "8", "--hidden", "512", "--json", "-")
+    assert json.loads(printed)["num_parameters"] > values["num_parameters"]
+
+
+def test_plan_needs_no_dataset_where_the_sizes_are_given(gist, tmp_path):
+    options = ["--model", "sage", "--hidden", "64", "--subnets", "0.5:4,0.5:1", "--workers", "2"]
+    code, printed, _ = gist("plan", *SIZES, *options, "--json", str(tmp_path / "plan.json"))
+    assert code == 0
+    assert "5,000 nodes, 40,000 edges, 20 features, 6 outputs" in printed
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values["num_subnets"] == [[0.5, 4], [0.5, 1]]
+    assert values["workers"] == 2
+    assert f"{values['num_parameters']:,} parameters" in printed
+    assert values["command"].startswith("gist plan --nodes 5000")
+    assert values["memory_limit"] > values["peak_memory_bytes"] > 0
+
+
+def test_plan_to_standard_output_is_nothing_but_json(gist):
+    code, printed, error = gist("plan", *SIZES, "--subnets", "2", "--json", "-")
+    assert code == 0
+    assert json.loads(printed)["graph"]["features"] == 20
+    assert error == ""
+
+
+def test_sizes_go_before_those_of_the_card_and_options_of_the_data_too(gist):
+    options = ["--data", "num_nodes=1000", "--data", "average_degree=4"]
+    _, printed, _ = gist("plan", "csbm", *options, "--classes", "3", "--json", "-")
+    graph = json.loads(printed)["graph"]
+    assert (graph["nodes"], graph["edges"], graph["classes"]) == (1000, 4000, 3)
+
+
+def test_plan_is_the_run_that_train_makes(gist):
+    """The same options: as many parameters, as large subnets, and the peak within the plan."""
+    _, printed, _ = gist("plan", "csbm", *TINY, "--subnets", "4", "--json", "-")
+    planned = json.loads(printed)
+    _, printed, _ = gist("train", "csbm", *TINY, "--subnets", "4", "--json", "-")
+    trained = json.loads(printed)
+    assert planned["num_parameters"] == trained["num_parameters"]
+    assert planned["parameters_per_subnet"] == max(trained["parameters_per_subnet"])
+
+
+def test_plan_of_the_full_model_saves_nothing(gist):
+    _, printed, _ = gist("plan", *SIZES, "--method", "full", "--json", "-")
+    values = json.loads(printed)
+    assert values["num_subnets"] == 1
+    assert values["flops_ratio"] == 1.0
+    assert values["parameters_per_subnet"] == values["num_parameters"]
+    assert values["memory"]["training"]["carried_state"] > 0
+
+
+def test_a_plan_that_does_not_fit_is_still_a_plan(gist):
+    code, printed, _ = gist("plan", *SIZES, "--hidden", "4096", "--memory-limit", "150MB")
+    assert code == 0
+    assert "does not fit into 150.0 MB" in printed
+    assert "a narrower model" in printed.replace("\n", " ")
+
+
 def test_doctor_speaks_json(gist):
     code, printed, _ = gist("doctor", "--json", "-")
     assert code == 0
@@ -204,7 +298,7 @@ def test_doctor_speaks_json(gist):
     assert json.loads(printed)
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "report", "doctor", "prepare"])
+@pytest.mark.parametrize("command", ["train", "compare", "plan", "report", "doctor", "prepare"])
 def test_every_command_has_help(command):
     result = CliRunner().invoke(cli.app, [command, "--help"])
     assert result.exit_code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+import gist
 from gist.cli import app
 from gist.history import RoundRecord
 
@@ -120,6 +122,30 @@ def test_every_field_that_compare_writes_is_on_the_page(tmp_path):
     assert (set(table) | set(table["rows"][0])) - fields_named("compare") == set()
 
 
+def keys_within(value: object) -> set[str]:
+    """The keys of an object and of all objects in it."""
+    if not isinstance(value, dict):
+        return set()
+    return set(value).union(*(keys_within(inner) for inner in value.values()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--executor", "auto", "--optimizer-state", "carry", "--workers", "2"],
+        ["--store", "disk", "--checkpoint-every", "1"],
+    ],
+)
+def test_every_field_that_plan_writes_is_on_the_page(options):
+    sizes = ["--nodes", "500", "--edges", "2000", "--features", "8", "--classes", "3"]
+    outcome = CliRunner().invoke(app, ["plan", *sizes, "--hidden", "16", *options, "--json", "-"])
+    assert outcome.exit_code == 0, outcome.output
+    plan = json.loads(outcome.stdout)
+    graph, disk = plan.pop("graph"), plan.pop("disk")
+    assert (keys_within(plan) | {"graph", "disk"}) - fields_named("plan") == set()
+    assert all(f"`{name}`" in section("plan") for name in [*graph, *disk])
+
+
 def test_every_field_that_doctor_writes_is_on_the_page():
     outcome = CliRunner().invoke(app, ["doctor", "--json", "-"])
     assert outcome.exit_code == 0, outcome.output
@@ -129,6 +155,27 @@ def test_every_field_that_doctor_writes_is_on_the_page():
 
 def test_every_field_of_the_history_is_on_the_page():
     assert set(RoundRecord.__dataclass_fields__) - fields_named("train") == set()
+
+
+def test_every_public_module_is_in_the_reference():
+    """A package is listed with all that is in it where its block is recursive."""
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed: set[str] = set()
+    whole: set[str] = set()
+    for block in re.findall(r"\.\. autosummary::\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        names = set(re.findall(r"^   (gist[\w.]*)$", block, re.MULTILINE))
+        assert not names & listed, "each once"
+        listed |= names
+        whole |= names if ":recursive:" in block else set()
+    modules = {
+        module.name
+        for module in pkgutil.walk_packages(gist.__path__, "gist.")
+        if not any(part.startswith("_") for part in module.name.split("."))
+    }
+    assert listed - modules == set()
+    covered = {name for name in modules if any(f"{name}.".startswith(f"{w}.") for w in whole)}
+    # The command line is documented by its options.
+    assert modules - listed - covered == {"gist.cli"}
 
 
 def test_the_tests_that_the_design_names_exist():

@@ -3,8 +3,8 @@
 GraphSAGE with three layers on clusters of about 2,000 nodes of a generated graph. Three sweeps: the
 width at m = 8, m at a fixed width, and the nodes at a fixed width and m = 8. Every point is a fresh
 process, so that its peak memory is its own; seconds are those of the second of two rounds, the
-first warms up; with repeats, their median. Points that the memory cannot hold are left out, and say
-so.
+first warms up; with repeats, their median. Points that do not fit into memory, as the run itself or
+the kernel finds, are left out, and say so.
 
     python examples/benchmarks/scaling.py --plots docs/_static
     python examples/benchmarks/scaling.py --quick
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,15 +66,29 @@ def run_point(width: int, subnets: int, nodes: int, steps: int) -> Row:
     }
 
 
+def misfit(returncode: int, errors: str) -> str | None:
+    """What a process ended with that needed more memory than there is; None for anything else."""
+    if returncode == -signal.SIGKILL:
+        return "killed, as the kernel does when memory runs out"
+    refusals = [line for line in errors.splitlines() if line.startswith("gist.errors.ConfigError:")]
+    return refusals[-1] if refusals and "does not fit into memory" in refusals[-1] else None
+
+
 def in_fresh_process(point: dict[str, int], parsed: argparse.Namespace) -> Row | None:
-    """Runs a point in a process of its own; None where it does not fit."""
+    """Runs a point in a process of its own; None where it does not fit.
+
+    Raises:
+        RuntimeError: it failed for another reason.
+    """
     given = json.dumps(point | {"steps": parsed.steps})
     command = [sys.executable, __file__, "--threads", str(parsed.threads), "--point", given]
     seconds, peaks, executor = [], [], ""
     for _ in range(parsed.repeats):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            print(f"{point}: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            if (why := misfit(done.returncode, done.stderr)) is None:
+                raise RuntimeError(f"{point}: exit status {done.returncode}\n{done.stderr}")
+            print(f"{point}: left out, does not fit: {why}", flush=True)
             return None
         row = json.loads(done.stdout.splitlines()[-1])
         seconds.append(row["seconds_per_round"])

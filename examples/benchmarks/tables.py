@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -48,15 +49,24 @@ def median(values: Sequence[float]) -> float:
 
 
 def finish(parsed: argparse.Namespace, rows: list[Row], columns: Sequence[str]) -> None:
-    """Prints the rows as a table, and writes them where asked to."""
+    """Prints the rows as a table, and writes them where asked to.
+
+    What is no number, or not finite, is ``-`` in the table and null in the file.
+    """
+    kept = [{column: _value(row[column]) for column in columns} for row in rows]
     table = Table(*columns)
-    for row in rows:
-        table.add_row(*(_text(row[column]) for column in columns))
+    for row in kept:
+        table.add_row(*map(_text, row.values()))
     Console(width=max(100, 16 * len(columns))).print(table)
     if parsed.json is not None:
-        kept = [{column: row[column] for column in columns} for row in rows]
-        parsed.json.write_text(json.dumps(kept, indent=1) + "\n")
+        parsed.json.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
+
+
+def _value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

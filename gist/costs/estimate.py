@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from gist.batchnorm import tracks_statistics
 from gist.config import GraphConfig, TrainConfig, split_settings
 from gist.costs.costs import Costs
 from gist.costs.exchange import exchange_per_round
 from gist.costs.rehearsal import Rounds, Stage, rehearse_evaluation, rehearse_rounds
-from gist.errors import ConfigError, PartitionError
+from gist.errors import ConfigError, GistError, PartitionError
 from gist.execution.allocator import GROWTH
 from gist.execution.local import make_optimizer
 from gist.execution.mapped import RESIDENT_BYTES
@@ -24,7 +25,7 @@ from gist.execution.stacked import check_optimizer
 from gist.execution.tensorfile import FileLayout
 from gist.graph.clusters import Cluster
 from gist.graph.data import GraphData
-from gist.graph.inference import default_memory_limit
+from gist.graph.inference import default_memory_limit, passes_messages
 from gist.graph.layerwise import Layerwise, layerwise_obstacle
 from gist.graph.outline import GraphShape, OutlineObjective
 from gist.partition.assignment import Assignment
@@ -200,13 +201,18 @@ class RunOnStage:
         with self.stage.computing():
             self.objective = objective()
         self.data_bytes = tally.bytes
-        self.model = self.stage.outline(model)
+        with _refusing(model):
+            self.model = self.stage.outline(model)
         self.model_bytes = tally.bytes - self.data_bytes
         self.rounds = plan_rounds(config, self.objective.steps_per_epoch)
         with _refusing(model):
             self._one_pass, self.evaluation_flops = rehearse_evaluation(
                 self.stage, self.model, self.objective, on_batch=evaluation == "clusters"
             )
+            self._recalibration = 0
+            if self._recalibrates():
+                seen = rehearse_evaluation(self.stage, self.model, self.objective, on_batch=True)
+                self._recalibration = seen[0]
         self.graph_bytes = tally.bytes - self.data_bytes - self.model_bytes
         in_use = memory_in_use(device)
         self.process_bytes = max(in_use - counted, 0) if device.type == "cpu" else 0
@@ -215,6 +221,12 @@ class RunOnStage:
         self.limit = in_use + free_memory(device) if limit is None else limit
         self._how = evaluation
         self._layers: Layerwise | None = None
+
+    def _recalibrates(self) -> bool:
+        wanted = self.config.recalibrate_bn
+        if max(m for _, m in self.config.phases) > 1 if wanted is None else wanted:
+            return tracks_statistics(self.model)
+        return False
 
     def _evaluation(self, standing: int) -> tuple[str, int, int]:
         """How the model is evaluated, what that takes and what it may, beside what stays."""
@@ -227,11 +239,12 @@ class RunOnStage:
             return self._how, self._one_pass, left
         if self._how == "full" or layerwise_obstacle(self.model) is not None:
             return "full", self._one_pass, left
-        if self._how == "auto" and not on_disk and self._one_pass <= left:
+        fast = self._how == "auto" and not passes_messages(self.model)
+        if fast and not on_disk and self._one_pass <= left:
             return "full", self._one_pass, left
         if self._layers is None:
             data = self.objective.data
-            with self.stage.arranging():
+            with _refusing(self.model), self.stage.arranging():
                 self._layers = Layerwise(self.model.eval(), data.x, data.adjacency)
         return "layerwise", max(min(left, self._layers.most), self._layers.smallest), left
 
@@ -297,7 +310,7 @@ class RunOnStage:
             evaluation=choice.evaluation,
             memory=choice.memory,
             memory_limit=self.limit,
-            disk=self._disk(choice.rounds.carried),
+            disk=self._disk(choice),
             exchange=exchange_per_round(
                 self.spec,
                 assignment,
@@ -411,8 +424,11 @@ class RunOnStage:
                 **subnets,
                 "copies": max(rounds.arranging - own, 0),
             },
+            "recalibration": {**stays, "activations": self._recalibration},
             "evaluation": {**stays, "activations": takes},
         }
+        if not self._recalibration:
+            del phases["recalibration"]
         memory = {
             phase: {item: size for item, size in items.items() if size}
             for phase, items in phases.items()
@@ -433,6 +449,10 @@ class RunOnStage:
             "gradients": more,
             "activations": "clusters=..., or smaller batches of them (clusters_per_batch)",
         }
+        if phase == "recalibration":
+            changes["activations"] = (
+                "recalibrate_bn=False, norm='layer', or batches of fewer clusters"
+            )
         if phase == "evaluation":
             changes["activations"] = {
                 "full": "evaluation='layerwise'",
@@ -445,14 +465,17 @@ class RunOnStage:
         if config.memory_limit is not None:
             yield "a higher memory_limit"
 
-    def _disk(self, carried: int) -> dict[str, int]:
+    def _disk(self, choice: Choice) -> dict[str, int]:
         size = FileLayout.of(model_tensors(self.model)).nbytes
         best = size * self.config.keep_best
         disk = {"model": size}
         if self.config.store == "disk" and best:
             disk["best"] = best
         if self.config.checkpoint_every is not None:
-            disk["checkpoints"] = 2 * (size + best + carried)
+            disk["checkpoints"] = 2 * (size + best + choice.rounds.carried)
+        if choice.evaluation == "layerwise" and self._layers is not None:
+            hidden = self._layers.file_bytes(choice.evaluation_limit)
+            disk |= {"hidden_layers": hidden} if hidden else {}
         return disk
 
     def _notes(self) -> Iterator[str]:
@@ -472,9 +495,11 @@ class RunOnStage:
 def _refusing(model: nn.Module) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except GistError:
+        raise
+    except Exception as error:  # a forward pass of the user's may do anything with its values
         raise NotPredictableError(
             f"what {type(model).__name__} takes cannot be told without data",
-            got=str(error).splitlines()[0],
+            got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
             expected="a model whose shapes do not depend on the values of its input",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from gist.costs.estimate import Choice, NotPredictableError, RunOnStage
 from gist.errors import ConfigError
 from gist.execution.allocator import GROWTH
 from gist.execution.memory import free_memory, memory_in_use
+from gist.graph.inference import passes_messages
 from gist.graph.objective import GraphObjective
 from gist.graph.outline import OutlineObjective
 from gist.partition.spec import PartitionSpec, model_tensors
@@ -45,6 +47,8 @@ def find_room(
     objective: GraphObjective,
     config: TrainConfig,
     device: torch.device,
+    *,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Room:
     """What a run takes, refused where that is more than it may.
 
@@ -58,6 +62,7 @@ def find_room(
         config: Settings; ``memory_limit`` is what the run may take, by default what is in use and
             free.
         device: Where it is to run.
+        say: Called with why nothing could be told, where that is so.
 
     Raises:
         ConfigError: it does not fit; says what takes the memory, and what to change.
@@ -67,7 +72,14 @@ def find_room(
     if limit is None:
         limit = in_use + free_memory(device)
     assert isinstance(limit, int), "parsed by TrainConfig"
-    bound = in_use + _rough_bound(model, spec, objective)
+    if limit <= in_use:
+        raise ConfigError(
+            "memory_limit is less than what is in use before the run starts",
+            got=decimal(limit),
+            expected=f"more than {decimal(in_use)}: this process, its libraries, model and data",
+            remedy="raise memory_limit, or use store='disk' for the model",
+        )
+    bound = in_use + _rough_bound(model, objective)
     if bound * GROWTH <= limit:
         return Room(needed=bound, limit=limit)
     data = objective.data
@@ -83,7 +95,8 @@ def find_room(
             counted=sum(t.nbytes for t in there if t.device.type == device.type),
         )
         choice = run.choose()
-    except NotPredictableError:
+    except NotPredictableError as error:
+        say(f"not checked whether the run fits into memory: {error}")
         return Room(needed=None, limit=limit)
     if choice.peak > limit:
         raise _too_large(run, choice)
@@ -95,14 +108,15 @@ def find_room(
     )
 
 
-def _rough_bound(model: nn.Module, spec: PartitionSpec, objective: GraphObjective) -> int:
+def _rough_bound(model: nn.Module, objective: GraphObjective) -> int:
     """More than a run takes: every tensor that it may ever make at once, and several times."""
     data = objective.data
     rows = data.num_nodes
-    if not getattr(model, "accepts_adjacency", False):
-        rows += data.num_edges  # messages
-    columns = data.num_features + data.num_classes + sum(spec.sizes.values())
-    parameters = sum(tensor.nbytes for tensor in model_tensors(model).values())
+    if passes_messages(model):
+        rows += data.num_edges
+    tensors = model_tensors(model).values()
+    columns = data.num_features + data.num_classes + sum(max(t.shape, default=0) for t in tensors)
+    parameters = sum(tensor.nbytes for tensor in tensors)
     return _COPIES * (parameters + rows * columns * data.x.element_size()) + 64 * data.num_edges
 
 

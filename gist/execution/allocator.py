@@ -27,27 +27,34 @@ GROWTH = 2.0
 # Parameters of mallopt(3), and what glibc's own adjustment of its thresholds ends at on 64 bits.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
-_KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
-_USUAL = {
-    _MMAP_MAX: 65536,
+_MMAP_MAX_DEFAULT = 65536
+
+Mode = dict[int, int]
+_KEPT: Mode = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
+_GIVEN_BACK: Mode = {
+    _MMAP_MAX: _MMAP_MAX_DEFAULT,
+    _MMAP_THRESHOLD: 2**20,
+    _TRIM_THRESHOLD: 2**20,
+}
+_USUAL: Mode = {
+    _MMAP_MAX: _MMAP_MAX_DEFAULT,
     _MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD,
     _TRIM_THRESHOLD: 2 * _LARGEST_MMAP_THRESHOLD,
 }
 
-_GIVEN_BACK = {_MMAP_THRESHOLD: 2**20, _TRIM_THRESHOLD: 2**20}
-
 _lock = threading.Lock()
-_depth = 0
+_entered: list[Mode] = []
+"""The modes that are entered and not yet left, by all threads."""
 
 
 @contextmanager
 def keeps_freed_memory(needed_bytes: int, limit_bytes: int) -> Iterator[bool]:
     """Keeps what is freed inside it for later, where there is room; gives it back on leaving.
 
-    May be nested; the outermost gives back. It concerns the whole process, and there the large
-    blocks of the main thread, which also runs the backward pass of what is on the CPU. Afterwards
-    glibc's thresholds stand where its own adjustment takes them in a process that frees large
-    blocks, and stay there.
+    May be nested, and entered by several threads; the last one that leaves gives back. It concerns
+    the whole process, and there the large blocks of the main thread, which also runs the backward
+    pass of what is on the CPU. Afterwards glibc's thresholds stand where its own adjustment takes
+    them in a process that frees large blocks, and stay there.
 
     Does nothing without glibc, with another allocator loaded into the process, or where the user
     has set glibc's thresholds (``MALLOC_MMAP_THRESHOLD_`` and its like, or ``GLIBC_TUNABLES``): see
@@ -60,23 +67,11 @@ def keeps_freed_memory(needed_bytes: int, limit_bytes: int) -> Iterator[bool]:
     Yields:
         Whether freed memory is kept.
     """
-    global _depth
     if needed_bytes * GROWTH > limit_bytes or obstacle() is not None:
-        yield _depth > 0
+        yield _KEPT in _entered
         return
-    libc = ctypes.CDLL("libc.so.6")
-    with _lock:
-        _depth += 1
-        if _depth == 1:
-            _set(libc, _KEPT)
-    try:
+    with _in_mode(_KEPT):
         yield True
-    finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                _set(libc, _USUAL)
-                libc.malloc_trim(0)
 
 
 @contextmanager
@@ -85,23 +80,46 @@ def gives_back_freed_memory() -> Iterator[None]:
 
     By itself glibc keeps blocks of up to 32 MiB in its heap, where the holes between them may come
     to as much as the tensors take. Here the process takes what its tensors take, at the price of
-    the time that :func:`keeps_freed_memory` saves. Does nothing inside of that, or where there is
-    an :func:`obstacle`.
+    the time that :func:`keeps_freed_memory` saves. Does nothing while memory is kept by that, or
+    where there is an :func:`obstacle`. May be nested, and entered by several threads.
     """
-    with _lock:
-        idle = _depth > 0 or obstacle() is not None
-    if idle:
+    if obstacle() is not None:
         yield
         return
+    with _in_mode(_GIVEN_BACK):
+        yield
+
+
+@contextmanager
+def _in_mode(mode: Mode) -> Iterator[None]:
+    """Counts a mode in while it runs; what is then in force follows from all that are."""
     libc = ctypes.CDLL("libc.so.6")
-    _set(libc, _GIVEN_BACK)
+    with _lock:
+        before = _in_force()
+        _entered.append(mode)
+        _change(libc, before, _in_force())
     try:
         yield
     finally:
-        _set(libc, _USUAL)
+        with _lock:
+            before = _in_force()
+            _entered.remove(mode)
+            _change(libc, before, _in_force())
 
 
-def _set(libc: ctypes.CDLL, options: dict[int, int]) -> None:
+def _in_force() -> Mode:
+    """To keep goes before to give back: whoever keeps has made sure that there is room."""
+    return next((mode for mode in (_KEPT, _GIVEN_BACK) if mode in _entered), _USUAL)
+
+
+def _change(libc: ctypes.CDLL, before: Mode, after: Mode) -> None:
+    if after != before:
+        _set(libc, after)
+        if before is _KEPT:
+            libc.malloc_trim(0)
+
+
+def _set(libc: ctypes.CDLL, options: Mode) -> None:
     for name, value in options.items():
         libc.mallopt(name, value)
 

@@ -134,18 +134,21 @@ class RoundExecutor(ABC):
     def trial_seconds(self, plan: RoundPlan, assignment: Assignment, steps: int = 3) -> float:
         """Seconds that one step of every subnet takes: the fastest of a few, which leave no trace.
 
-        Only the first program of the round is tried, and the others are taken to be like it.
+        Only the first program of the round is tried, and the others are taken to be like it. All
+        steps see one batch, made before the clock runs: in a round, batches come prefetched or are
+        kept, so that a step waits for its training alone.
         """
         chunks = self.chunks(assignment)
         program = self._program(assignment, chunks[0])
         with self.store.open(assignment) as transfer:
             transfer.load(chunks[0], program.tensors)
         self._restart(program, assignment, chunks[0])
+        with self._streams(plan, chunks[0]):
+            batches = list(self._batches(plan, chunks[0], steps=1))
         best, spent = float("inf"), 0.0
         for step in range(steps):
             start = time.perf_counter()
             with self._streams(plan, chunks[0]):
-                batches = self._batches(plan, chunks[0], steps=1)
                 train_locally(program, self.objective, batches, [1.0], self.config)
             seconds = time.perf_counter() - start
             best, spent = min(best, seconds), spent + seconds

@@ -55,6 +55,15 @@ class BatchSource(ABC):
     def describe(self) -> dict[str, Any]:
         """Name and settings as JSON values: a run is resumed on the same ones."""
 
+    def largest_batch(self) -> GraphBatch:
+        """The largest batch it may give, or where that is not known, one of those it gives."""
+        return next(iter(self.batches(seed=0, round=0, subnet=0, steps=1)))
+
+    @property
+    def kept_bytes(self) -> int:
+        """About what batches take that exist beside the one in use, at most."""
+        return 0
+
     def check(self, model: nn.Module) -> None:
         """Refuses a model that these batches cannot train; takes any by default.
 
@@ -82,10 +91,12 @@ class FullGraph(BatchRecipe):
 
     def bind(self, data: GraphData) -> BatchSource:
         """See :meth:`BatchRecipe.bind`."""
-        return _FullGraph(data)
+        return FullGraphSource(data)
 
 
-class _FullGraph(BatchSource):
+class FullGraphSource(BatchSource):
+    """The whole graph as the batch of every step."""
+
     steps_per_epoch = 1
 
     def __init__(self, data: GraphData) -> None:
@@ -93,10 +104,12 @@ class _FullGraph(BatchSource):
         self.batch = GraphBatch(x=data.x, graph=data.adjacency, y=data.y[targets], targets=targets)
 
     def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[GraphBatch]:
+        """The same one, ``steps`` times."""
         for _ in range(steps):
             yield self.batch
 
     def describe(self) -> dict[str, Any]:
+        """See :meth:`BatchSource.describe`."""
         return {"name": "FullGraph"}
 
 

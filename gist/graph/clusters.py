@@ -200,6 +200,20 @@ class ClusterSource(BatchSource):
             self._kept[clusters[0]] = self._build(clusters)
         return self._kept[clusters[0]]
 
+    def largest_batch(self) -> GraphBatch:
+        """The union of the clusters that take most."""
+        size = -(-self._most // self.steps_per_epoch)
+        return self.batch(self._needed().topk(size).indices.sort().values.tolist())
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the clusters that are kept, or of the largest batch, which may be made ahead."""
+        needed = self._needed()
+        if self._keepable == self.num_clusters:
+            return int(needed.sum())
+        size = -(-self._most // self.steps_per_epoch)
+        return int(needed[: self._keepable].sum() + needed.topk(size).values.sum())
+
     def nodes(self, clusters: Sequence[int]) -> Tensor:
         """``[n]``: the nodes of the union, as the whole graph numbers them, in its order."""
         return _joined(self._order, self._spans(self._start, clusters))
@@ -289,12 +303,15 @@ class ClusterSource(BatchSource):
 
     def _fits(self) -> int:
         """How many clusters, the first ones, can be kept with what training makes of them."""
+        return int((self._needed().cumsum(0) <= _KEPT_BYTES).sum())
+
+    def _needed(self) -> Tensor:
+        """``[c]``: about the bytes that each cluster takes as a batch, with its products."""
         # Features twice (product and, sparse, their own), edges in two normalised forms.
         nodes = torch.tensor(self._start).diff()
         edges = torch.tensor(self._entry).diff()
         row = self._x.size(1) * self._x.element_size()
-        needed = (nodes * (2 * row + 32) + edges * 32).cumsum(0)
-        return int((needed <= _KEPT_BYTES).sum())
+        return nodes * (2 * row + 32) + edges * 32
 
     @staticmethod
     def _spans(bounds: Sequence[int], clusters: Sequence[int]) -> list[tuple[int, int]]:

@@ -129,8 +129,12 @@ def choose_inference(
 
 def passes_messages(model: nn.Module) -> bool:
     """Whether a forward pass makes a message of full width for every edge, as PyG's layers do."""
-    attends = any(isinstance(m, pyg.GATConv | pyg.GATv2Conv) for m in model.modules())
-    return attends or not getattr(model, "accepts_adjacency", False)
+    if not getattr(model, "accepts_adjacency", False):
+        return True
+    return any(
+        isinstance(m, pyg.GATConv | pyg.GATv2Conv) or getattr(m, "form", "") is None
+        for m in model.modules()
+    )
 
 
 def _warn_if_too_large(model: nn.Module, x: Tensor, graph: Adjacency, limit: int) -> None:

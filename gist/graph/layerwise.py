@@ -5,6 +5,9 @@ Shape legend: ``N`` nodes, ``E`` edges, ``d`` width of a hidden layer, ``C`` cla
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,6 +126,21 @@ class _Layer:
                 out.touched(rows.stop - rows.start)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """Where a layer puts what it computes.
+
+    Attributes:
+        width: Of the hidden layer that it computes; None for the scores.
+        allowance: Bytes of it that may be resident where it is in a file; None in memory.
+        left: Bytes of memory that are left for blocks.
+    """
+
+    width: int | None
+    allowance: int | None
+    left: int
+
+
 class Layerwise:
     """A ``BasicGNN`` model in evaluation mode, layer by layer over a whole graph.
 
@@ -234,19 +252,17 @@ class Layerwise:
         """
         self.check(memory_limit)
         scores = Hidden(self.x.new_empty(self.x.size(0), self.num_classes))
-        left = memory_limit - scores.bytes - _SMALL_BYTES
         jumping = self.model.jk_mode
-        given = source = Hidden(self.x)
+        source = Hidden(self.x)
         most: Hidden | None = None
-        for index, layer in enumerate(self.layers):
-            if index == len(self.layers) - 1 and jumping is None:
-                layer.run(source, scores, left)
+        for index, (layer, room) in enumerate(
+            zip(self.layers, self._rooms(memory_limit), strict=True)
+        ):
+            if room.width is None:
+                layer.run(source, scores, room.left)
                 return scores.rows
-            out = self._hidden(index, left)
-            left -= out.bytes
-            layer.run(source, out, left)
-            if source is not given and source is not most:
-                left += source.bytes
+            out = self._hidden(room)
+            layer.run(source, out, room.left)
             source = out
             if jumping == "cat":
                 self._add_jump(index, out, scores.rows)
@@ -257,7 +273,7 @@ class Layerwise:
         return scores.rows
 
     def check(self, memory_limit: int) -> None:
-        """Refuses a limit that has no room for the smallest block.
+        """Refuses a limit that has no room for the smallest block, and a disk without any.
 
         Raises:
             ConfigError: see above, with the numbers.
@@ -271,15 +287,57 @@ class Layerwise:
                 f"better {self.enough:,}",
                 remedy="raise memory_limit, or use evaluation='clusters'",
             )
+        size, folder = self.file_bytes(memory_limit), tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise ConfigError(
+                "no room on disk for hidden layers that do not fit into memory_limit",
+                got=f"{free:,} bytes free in {folder}",
+                expected=f"{size:,}, to go layer by layer in {memory_limit:,} bytes of memory",
+                remedy="set TMPDIR to a folder with more room, raise memory_limit, or use "
+                "evaluation='clusters'",
+            )
 
-    def _hidden(self, index: int, left: int) -> Hidden:
+    def file_bytes(self, memory_limit: int) -> int:
+        """Bytes of the files that exist at the same time, in a run within that limit."""
+        rooms = self._rooms(memory_limit)
+        files = [
+            self._bytes(room.width) if room.width and room.allowance is not None else 0
+            for room in rooms
+        ]
+        pairs = [sum(files[max(i - 1, 0) : i + 1]) for i in range(len(files))]
+        if self.model.jk_mode == "max":
+            pairs = [pair + (files[0] if i > 1 else 0) for i, pair in enumerate(pairs)]
+        return max(pairs)
+
+    def _rooms(self, memory_limit: int) -> list[_Room]:
+        """Where each layer puts what it computes, and the memory that is left for its blocks."""
+        left = memory_limit - self._bytes(self.num_classes) - _SMALL_BYTES
+        rooms: list[_Room] = []
+        taken: list[int] = []
+        for index, layer in enumerate(self.layers):
+            if index > 1 and not (index == 2 and self.model.jk_mode == "max"):
+                left += taken[index - 2]  # the input of the layer before
+            if index == len(self.layers) - 1 and self.model.jk_mode is None:
+                rooms.append(_Room(width=None, allowance=None, left=left))
+                break
+            size, allowance = self._bytes(layer.width), None
+            reserve = max(each.enough for each in self.layers[index:])
+            if self.x.device.type == "cpu" and size + reserve > left:
+                spare = left - max(each.smallest for each in self.layers[index:])
+                size = allowance = spare // 4
+            taken.append(size)
+            left -= size
+            rooms.append(_Room(width=layer.width, allowance=allowance, left=left))
+        return rooms
+
+    def _hidden(self, room: _Room) -> Hidden:
         """Room for what a layer puts out."""
-        shape = self.x.size(0), self.layers[index].width
-        reserve = max(layer.enough for layer in self.layers[index:])
-        if self.x.device.type != "cpu" or self._bytes(shape[1]) + reserve <= left:
+        assert room.width is not None
+        shape = self.x.size(0), room.width
+        if room.allowance is None:
             return Hidden(self.x.new_empty(shape))
-        spare = left - max(layer.smallest for layer in self.layers[index:])
-        return Hidden.in_file(shape, self.x.dtype, allowance=spare // 4)
+        return Hidden.in_file(shape, self.x.dtype, allowance=room.allowance)
 
     def _add_jump(self, index: int, hidden: Hidden, scores: Tensor) -> None:
         """One layer's share of the last linear layer, whose inputs are layers side by side."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from torch_geometric.data import Batch, Data
 
 from gist.errors import ConfigError, DataError, MissingDependencyError
@@ -39,9 +42,18 @@ class PyGLoader(BatchRecipe):
     without any is passed over. Features, labels, edges and edge weights are those of the batch;
     other attributes, as ``node_norm`` of GraphSAINT, are not used.
 
-    Each (seed, round, subnet) starts a new pass with random states of its own: torch's, numpy's and
-    Python's global ones and the loader's ``generator`` while it works, none of which the training
-    sees. A loader that is random in another way makes runs that cannot be repeated.
+    The passes of a subnet number over the loader go on from round to round: step ``k`` of a round
+    of ζ steps is step ``round * ζ + k`` of an endless series of passes, so that a loader without
+    ``shuffle`` gives all of its batches too. In a torch ``DataLoader``, as PyG's own are, what
+    earlier rounds have seen of a pass is skipped before it is sampled; any other iterable is
+    iterated up to there. A batch that is passed over counts as a step of the series, although the
+    next one takes its place: where there are such, the loader should shuffle.
+
+    Each pass, and each batch in it, has random states of its own, named by (seed, subnet, pass,
+    batch): torch's, numpy's and Python's global ones while the loader works, and for each pass the
+    loader's ``generator``; the training sees none of them. Worker processes of a loader draw from
+    their own, of which what they sample depends on where in a pass the round begins. A loader that
+    is random in another way makes runs that cannot be repeated.
 
     Attributes:
         make_loader: Makes the loader, once, from the training graph: a ``Data`` on the CPU with
@@ -88,7 +100,8 @@ class LoaderSource(BatchSource):
                     "make_loader must return something to iterate over",
                     got=type(self.loader).__name__,
                 )
-            self._steps = self._count()
+            self._steps, self._length = self._count()
+            self._indices = _skippable(self.loader)
             # a probe: whether it works, and what identifies it
             first = next(self.batches(seed=0, round=0, subnet=0, steps=1))
         except ImportError as error:
@@ -111,29 +124,42 @@ class LoaderSource(BatchSource):
         return self._steps
 
     def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[GraphBatch]:
-        """The first batches of a fresh pass, and of further ones where ``steps`` is more."""
-        key = stream_seed("loader", seed, round, subnet)
-        own = _RandomStates(key)
-        if isinstance(generator := getattr(self.loader, "generator", None), torch.Generator):
-            generator.manual_seed(key)
+        """Batches of a series of passes that goes on from round to round."""
+        position = round * steps
         while steps > 0:
-            before = steps
-            with own:
-                items = iter(self.loader)
-            while steps > 0:
-                with own:
-                    item = next(items, None)
-                if item is None:
-                    break
+            number, first = divmod(position, self._length)
+            position += self._length - first
+            found = False
+            for item in self._pass(first, seed, subnet, number):
                 if (batch := self._batch(item)) is not None:
-                    steps -= 1
+                    found, steps = True, steps - 1
                     yield batch
-            if steps == before:
+                    if not steps:
+                        return
+            if not found and not first:
                 raise ConfigError(
                     "a whole pass of the loader gave no batch with a training node",
                     got=type(self.loader).__name__,
                     remedy="give it input_nodes=data.train_mask, or fewer and larger batches",
                 )
+
+    def _pass(self, first: int, seed: int, subnet: int, number: int) -> Iterator[Any]:
+        """What the loader gives in one pass, without the first so many."""
+        key = ("loader", seed, subnet, number)
+        skipped = 0
+        if self._indices is not None:
+            self._indices.first = skipped = first
+        if isinstance(generator := getattr(self.loader, "generator", None), torch.Generator):
+            generator.manual_seed(stream_seed(*key))
+        with _RandomStates(stream_seed(*key)):
+            items = iter(self.loader)
+        for place in count(skipped):
+            with _RandomStates(stream_seed(*key, place)):
+                item = next(items, None)
+            if item is None:
+                return
+            if place >= first:
+                yield item
 
     def describe(self) -> dict[str, Any]:
         """The loader's class, and what identifies its batches."""
@@ -144,10 +170,13 @@ class LoaderSource(BatchSource):
             "first_batch": self._first_batch,
         }
 
-    def _count(self) -> int:
-        steps = self.recipe.steps_per_epoch
-        if steps is None and isinstance(self.loader, Sized):
-            steps = len(self.loader)
+    def _count(self) -> tuple[int, int]:
+        """Batches of an epoch, and of one pass where that is known."""
+        length = None
+        if isinstance(self.loader, Sized):
+            with suppress(TypeError):  # a DataLoader whose data have no length
+                length = len(self.loader)
+        steps = length if self.recipe.steps_per_epoch is None else self.recipe.steps_per_epoch
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(
                 "how many batches make one pass of the loader is not known",
@@ -155,7 +184,7 @@ class LoaderSource(BatchSource):
                 expected="a whole number of at least 1",
                 remedy="give PyGLoader(..., steps_per_epoch=...)",
             )
-        return steps
+        return steps, length or steps
 
     def _batch(self, item: Any) -> GraphBatch | None:
         x, y, edges = (getattr(item, name, None) for name in ("x", "y", "edge_index"))
@@ -192,6 +221,38 @@ class LoaderSource(BatchSource):
         graph.remember(x)
         y = y[targets.to(y.device)].to(device, data.y.dtype)
         return GraphBatch(x=x, graph=graph, y=y, targets=targets.to(device))
+
+
+class _Indices:
+    """The order in which a ``DataLoader`` takes its data, from the ``first`` batch on.
+
+    What comes before is drawn at once and dropped, so that all of a pass's order comes from the
+    random states in which the pass begins, wherever in it that may be.
+    """
+
+    def __init__(self, order: Iterable[Any]) -> None:
+        self.order, self.first = order, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        order = iter(self.order)
+        drawn = list(islice(order, self.first + 1))
+        return chain(drawn[self.first :], order)
+
+    def __len__(self) -> int:
+        return len(self.order)  # type: ignore[arg-type]  # a TypeError where it has none
+
+
+def _skippable(loader: Iterable[Data]) -> _Indices | None:
+    """Makes a ``DataLoader`` start wherever it is told to; None for what has no such order."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return None
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    indices = _Indices(getattr(loader, name))
+    # A DataLoader allows no other order once it is made; this is the same one.
+    vars(loader)[name] = indices
+    return indices
 
 
 class _RandomStates:

@@ -12,7 +12,13 @@ from torch_geometric.nn import GCNConv
 
 from gist.errors import ConfigError, DataError, PartitionError
 from gist.graph.adjacency import Adjacency
-from gist.graph.batch import BatchRecipe, FullGraph, GraphBatch, training_graph
+from gist.graph.batch import (
+    BatchRecipe,
+    FullGraph,
+    FullGraphSource,
+    GraphBatch,
+    training_graph,
+)
 from gist.graph.clusters import Cluster, ClusterSource
 from gist.graph.convert import SPLITS
 from gist.graph.data import GraphData
@@ -154,7 +160,11 @@ class GraphObjective:
 
     def describe(self) -> dict[str, Any]:
         """What is trained on, as JSON values: a run is resumed on the same."""
-        return {"batches": self.source.describe(), "inductive": self.inductive}
+        return {
+            "batches": self.source.describe(),
+            "inductive": self.inductive,
+            "evaluation": self.evaluation,
+        }
 
     def sample_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A ring with chords and random features, weighted if the data is, on its device."""
@@ -181,6 +191,7 @@ class GraphObjective:
         """
         data = self.data
         self._check_graph(model)
+        self._check_caches(model)
         self.source.check(model)
         if self.evaluation == "layerwise":
             require_layerwise(model)
@@ -206,6 +217,19 @@ class GraphObjective:
                 expected=f"{data.num_classes} (data.num_classes)",
                 remedy="build the model with out_channels=data.num_classes",
             )
+
+    def _check_caches(self, model: nn.Module) -> None:
+        if isinstance(self.source, FullGraphSource) and not self.inductive:
+            return
+        for name, module in model.named_modules():
+            if getattr(module, "cached", False):
+                raise ConfigError(
+                    f"{name} keeps the normalised edges of the first graph that it sees, and would "
+                    "use them for every batch",
+                    got=f"{type(module).__name__}(cached=True)",
+                    expected="cached=False wherever steps and evaluation see different edges",
+                    remedy="build the model without cached=True, or train on the whole graph",
+                )
 
     def _check_graph(self, model: nn.Module) -> None:
         data, name = self.data, type(model).__name__

@@ -292,19 +292,19 @@ class OutlineObjective(GraphObjective):
 
     @classmethod
     def like(cls, objective: GraphObjective) -> Callable[[], OutlineObjective]:
-        """Makes one of the sizes of an objective that is there, by the first batch that it gives.
+        """Makes one of the sizes of an objective that is there, by its largest batch.
 
         What there is to look at is looked at here, and not when the result is called.
         """
         data, device = objective.data, objective.data.x.device
         shape, steps = GraphShape.of(data), objective.steps_per_epoch
-        first = next(iter(objective.batches(seed=0, round=0, subnet=0, steps=1)))
+        first, kept = objective.source.largest_batch(), objective.source.kept_bytes
 
         def make() -> OutlineObjective:
             outline = outline_data(shape, device)
             if first.x is data.x:
                 return cls(outline, _step_on(outline, len(first.y)), steps)
-            return cls(outline, outline_batch(first), steps)
+            return cls(outline, outline_batch(first), steps, kept)
 
         return make
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import psutil
@@ -105,6 +108,68 @@ def test_where_it_matters_smaller_blocks_are_given_back_too(monkeypatch):
     calls.clear()
     with keeps_freed_memory(**ROOM), gives_back_freed_memory():
         assert calls == [allocator._KEPT], "who keeps decides"
+
+
+@pytest.fixture
+def modes(monkeypatch) -> list[dict[int, int]]:
+    """What glibc is told, in order."""
+    calls: list[dict[int, int]] = []
+    monkeypatch.setattr(allocator, "_set", lambda _, options: calls.append(options))
+    return calls
+
+
+@needs_glibc
+def test_giving_back_ends_with_the_outermost(modes):
+    with gives_back_freed_memory():
+        with gives_back_freed_memory():
+            pass
+        assert modes == [allocator._GIVEN_BACK]
+    assert modes == [allocator._GIVEN_BACK, allocator._USUAL]
+
+
+@needs_glibc
+def test_after_keeping_inside_of_it_memory_is_given_back_again(modes):
+    with gives_back_freed_memory():
+        with keeps_freed_memory(**ROOM), keeps_freed_memory(**ROOM):
+            assert modes[-1] == allocator._KEPT
+        assert modes == [allocator._GIVEN_BACK, allocator._KEPT, allocator._GIVEN_BACK]
+    assert modes[3:] == [allocator._USUAL]
+
+
+def test_each_way_of_giving_back_undoes_all_that_keeping_sets():
+    assert allocator._KEPT.keys() <= allocator._GIVEN_BACK.keys() == allocator._USUAL.keys()
+
+
+@needs_glibc
+def test_runs_side_by_side_may_leave_in_any_order(modes):
+    kept, given, again = keeps_freed_memory(**ROOM), gives_back_freed_memory(), ExitStack()
+    kept.__enter__()
+    given.__enter__()
+    again.enter_context(gives_back_freed_memory())
+    assert modes == [allocator._KEPT]
+    kept.__exit__(None, None, None)
+    assert modes[1:] == [allocator._GIVEN_BACK]
+    given.__exit__(None, None, None)
+    assert modes[2:] == []
+    again.close()
+    assert modes[2:] == [allocator._USUAL]
+    assert allocator._entered == []
+
+
+@needs_glibc
+def test_threads_that_enter_and_leave_at_once_lose_no_mode(modes):
+    start = threading.Barrier(4)
+
+    def work(kind: int) -> None:
+        start.wait()
+        for _ in range(200):
+            with keeps_freed_memory(**ROOM) if kind % 2 else gives_back_freed_memory():
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert modes[-1] == allocator._USUAL
+    assert allocator._entered == []
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,33 @@ def test_what_the_first_step_prepares_is_no_part_of_a_step(name, monkeypatch):
     assert seconds == (14.0 if name == "serial" else 7.0), "of both subnets"
 
 
+@pytest.mark.parametrize("name", ["serial", "stacked"])
+def test_a_batch_is_made_once_and_before_the_clock_runs(name, monkeypatch):
+    """A round makes batches beside the training, so they are no part of what a step takes."""
+    now, made = [0.0], []
+
+    class Slow(GraphObjective):
+        def batches(self, **given: Any) -> Any:
+            for batch in super().batches(**given):
+                now[0] += 50.0
+                made.append(given)
+                yield batch
+
+        def loss(self, *args: Any) -> Any:
+            now[0] += 3.0
+            return super().loss(*args)
+
+    monkeypatch.setattr("gist.execution.rounds.time.perf_counter", lambda: now[0])
+    executor, config, _ = auto(gcn(), num_subnets=2)
+    candidate = executor._candidates[name]
+    candidate.objective = Slow(DATA, torch.device("cpu"))
+    (plan, *_) = plan_rounds(config, 1)
+    deal = config.sampler(candidate.spec.sizes, 2, seed=config.seed, round=0)
+    seconds = candidate.trial_seconds(plan, deal)
+    assert seconds == (6.0 if name == "serial" else 3.0), "of both subnets"
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("fast", ["serial", "stacked"])
 def test_what_was_not_picked_keeps_no_memory(fast, measured):
     measured(fast, real=True)

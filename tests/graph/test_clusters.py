@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 import torch_geometric.nn.models as zoo
@@ -38,7 +40,8 @@ def datasets(draw: st.DrawFn, *, symmetric: bool | None = None) -> GraphData:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     weight = None
     if draw(st.booleans()):
-        weight = torch.rand(edges.size(1), generator=generator, dtype=torch.float64) + 0.1
+        # in 64ths, so that duplicates add up to the same in any order
+        weight = torch.randint(1, 99, edges.shape[1:], generator=generator).double() / 64
     if draw(st.booleans()) if symmetric is None else symmetric:
         edges = torch.cat([edges, edges.flip(0)], dim=1)
         weight = None if weight is None else weight.repeat(2)
@@ -452,6 +455,31 @@ def test_layers_that_normalise_for_themselves_are_refused_where_the_graph_should
     assert trainer(community(), batches=full).fit().val_metric > 0.5
     with pytest.raises(ConfigError, match=r"GCN is given the edges.*normalization='full'"):
         trainer(community(), zoo.GCN, batches=full)
+
+
+@pytest.mark.parametrize("settings", [{"clusters": 3}, {"inductive": True}])
+def test_a_convolution_that_keeps_the_edges_that_it_saw_first_is_refused(settings):
+    def cached(*shape: int) -> zoo.GCN:
+        return zoo.GCN(*shape[:2], 3, 3, cached=True)
+
+    with pytest.raises(ConfigError, match=r"convs\.0 keeps the normalised edges.*cached=True"):
+        trainer(community(), cached, **settings)
+    trainer(community(), cached)
+
+
+@pytest.mark.parametrize("q", [1, 2, 3])
+def test_the_largest_batch_takes_as_much_as_any(q):
+    data = community()
+    source = random_source(data, 7, q)
+
+    def size(nodes: Tensor) -> int:  # features twice, and edges as often as they are kept
+        degrees = torch.bincount(data.edge_index[1], minlength=data.num_nodes)
+        return len(nodes) * (2 * 4 * data.num_features + 32) + 32 * int(degrees[nodes].sum())
+
+    sizes = {g: size(source.nodes(g)) for g in combinations(range(source.num_clusters), q)}
+    worst = max(sizes, key=lambda group: sizes[group])
+    assert same_batch(source.largest_batch(), source.batch(worst))
+    assert source.kept_bytes >= sizes[worst]
 
 
 def test_wrong_batches_are_refused():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gist import Adjacency, Cluster, GISTTrainer, GraphData, load_dataset
-from gist.errors import ConfigError
+from gist.errors import CheckpointError, ConfigError
 from gist.graph import inference, metrics, objective, parts
 from gist.graph.inference import (
     Inference,
@@ -321,8 +321,22 @@ def test_a_resumed_run_is_evaluated_as_before(data, tmp_path, monkeypatch):
     assert again.objective.inference == first.objective.inference
     monkeypatch.setattr("gist.trainer.free_memory", lambda device: 2**20)
     smaller = trainer(data, model_for(data), rounds=3, checkpoint_every=1, out=tmp_path / "run")
+    said = []
+    monkeypatch.setattr(smaller, "_say", said.append)
     smaller.load_checkpoint(tmp_path / "run")  # a machine with less memory decides anew
     assert smaller.objective.inference.memory_limit < 2**21
+    assert said == [
+        "evaluation decides anew what to keep in memory: 2,097,152 bytes were allowed so far, "
+        "1,048,576 are free; metrics may differ by rounding"
+    ]
+
+
+def test_a_run_is_not_resumed_with_another_evaluation(data, tmp_path):
+    settings = {"clusters": 8, "rounds": 2, "checkpoint_every": 1, "out": tmp_path}
+    trainer(data, model_for(data), evaluation="clusters", **settings).fit()
+    other = trainer(data, model_for(data), evaluation="full", **settings)
+    with pytest.raises(CheckpointError, match=r"of another run.*evaluation='full'"):
+        other.fit(resume=tmp_path)
 
 
 def test_the_objective_decides_when_first_asked(data):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from gist import Adjacency
 from gist.errors import ConfigError
 from gist.graph import blockwise, layerwise
 from gist.graph.hidden import Hidden
-from gist.graph.inference import forward
+from gist.graph.inference import choose_inference, forward
 from gist.graph.layerwise import Layerwise, layerwise_obstacle
 from gist.graph.live_bytes import LiveBytes
 
@@ -251,8 +253,44 @@ def test_hidden_layers_go_to_files_only_where_the_limit_has_no_room(monkeypatch)
     scores = 2000 * CLASSES * 8
     for room, files in ((2 * hidden, 0), (hidden, 1), (0, 2)):
         made.clear()
-        layers.run(scores + blocks + room + 5000)
+        limit = scores + blocks + room + 5000
+        layers.run(limit)
         assert made == [(2000, 64)] * files, room
+        assert layers.file_bytes(limit) == hidden * files
+
+
+@pytest.mark.parametrize("jumping", [None, "cat", "max"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+def test_the_bytes_in_files_are_known_before_they_are_written(monkeypatch, jumping, share):
+    alive, most, in_file = [0], [0], Hidden.in_file
+
+    def noting(shape: tuple[int, int], dtype: torch.dtype, allowance: int) -> Hidden:
+        hidden, size = in_file(shape, dtype, allowance), shape[0] * shape[1] * dtype.itemsize
+        alive[0] += size
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(hidden, lambda: alive.__setitem__(0, alive[0] - size))
+        return hidden
+
+    monkeypatch.setattr(Hidden, "in_file", noting)
+    graph = star(2000, 6000)
+    model, x = build("GraphSAGE", {"jk": jumping}, 5, 48), features(graph)
+    layers = Layerwise(model, x, graph)
+    limit = int(layers.smallest + share * (layers.enough - layers.smallest))
+    layers.run(limit)
+    assert layers.file_bytes(limit) == most[0]
+    assert most[0] > 0 or share > 0
+
+
+def test_a_disk_without_room_for_hidden_layers_is_seen_before_anything_is_computed(monkeypatch):
+    graph = star(2000, 6000)
+    model, x = build("GraphSAGE", {}, 3, 64), features(graph)
+    layers = Layerwise(model, x, graph)
+    usage = shutil.disk_usage(tempfile.gettempdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    layers.check(layers.enough)
+    needed = layers.file_bytes(layers.smallest)
+    with pytest.raises(ConfigError, match=rf"no room on disk.*got: 1,000 bytes.*{needed:,}"):
+        choose_inference(model, x, graph, how="layerwise", memory_limit=layers.smallest)
 
 
 def test_files_are_gone_afterwards_also_after_an_error(monkeypatch, tmp_path):

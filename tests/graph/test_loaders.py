@@ -159,6 +159,109 @@ def test_streams_repeat_and_touch_nothing(make):
         assert not same(first, run(source, **change))
 
 
+class Slices:
+    """Ordered slices of the training nodes, with some noise of every kind in their features."""
+
+    def __init__(self, data: Data, steps: int) -> None:
+        self.data, self.slices = data, data.train_mask.nonzero()[:, 0].chunk(steps)
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[Data]:
+        return map(self.collate, self.slices)
+
+    def collate(self, nodes) -> Data:
+        batch = self.data.subgraph(torch.as_tensor(nodes))
+        noise = torch.rand(()) + np.random.rand() + random.random()  # noqa: NPY002
+        batch.x = batch.x + 1e-3 * noise.float()
+        return batch
+
+
+def unsized(data: Data) -> Iterator[Data]:
+    class Unsized(Slices):
+        __len__ = None
+
+    return Unsized(data, 5)
+
+
+def plain(data: Data, **settings) -> DataLoader:
+    """A torch DataLoader as PyG's own are: its order is that of indices, then collated."""
+    nodes = data.train_mask.nonzero()[:, 0].tolist()
+    return torch.utils.data.DataLoader(
+        nodes, batch_size=40, collate_fn=Slices(data, 5).collate, **settings
+    )
+
+
+SERIES = {
+    "ordered": (plain, None),
+    "shuffled": (lambda data: plain(data, shuffle=True), None),
+    "its own generator": (
+        lambda data: plain(data, shuffle=True, generator=torch.Generator()),
+        None,
+    ),
+    "any iterable": (lambda data: Slices(data, 5), None),
+    "no length": (unsized, 5),
+    "an epoch of another length": (plain, 3),
+    "PyG, ordered": (lambda data: RandomNodeLoader(data, num_parts=5), None),
+    "PyG, shuffled": (lambda data: RandomNodeLoader(data, num_parts=5, shuffle=True), None),
+}
+
+
+@pytest.mark.parametrize("make", SERIES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7])
+def test_passes_go_on_from_round_to_round(make, steps):
+    source = PyGLoader(*SERIES[make]).bind(digits())
+    for subnet in (0, 1):
+        given = {"seed": 0, "subnet": subnet}
+        series = [batch.x for batch in source.batches(round=0, steps=14, **given)]
+        for round in (2, 0, 1):
+            batches = source.batches(round=round, steps=steps, **given)
+            seen, wanted = [batch.x for batch in batches], series[round * steps :][:steps]
+            assert len(seen) == steps
+            assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=False)), round
+
+
+@pytest.mark.parametrize("make", ["ordered", "shuffled", "any iterable", "no length"])
+def test_one_pass_sees_every_training_node_once(make):
+    data = digits()
+    recipe = PyGLoader(*SERIES[make])
+    rounds = [list(recipe.bind(data).batches(seed=3, round=r, subnet=1, steps=1)) for r in range(5)]
+    labels = torch.cat([batch.y for (batch,) in rounds])
+    assert torch.equal(labels.bincount(), data.y[data.train_mask].bincount())
+    seen = torch.cat([(16 * batch.x).round() for (batch,) in rounds])
+    assert features(seen) == features(16 * data.x[data.train_mask])
+
+
+def test_what_earlier_rounds_have_seen_is_not_sampled_again():
+    collated = []
+
+    def make(data):
+        loader = plain(data, shuffle=True)
+        collate = loader.collate_fn
+        loader.collate_fn = lambda nodes: (collated.append(nodes), collate(nodes))[1]
+        return loader
+
+    source = PyGLoader(make).bind(digits())
+    collated.clear()
+    list(source.batches(seed=0, round=3, subnet=0, steps=1))
+    assert len(collated) == 1
+
+
+def test_workers_of_a_loader_take_the_order_up_too():
+    data = digits()
+    source = PyGLoader(
+        lambda d: plain(d, num_workers=1, persistent_workers=True, shuffle=True)
+    ).bind(data)
+    labels = [next(source.batches(seed=0, round=r, subnet=0, steps=1)).y for r in range(5)]
+    assert torch.equal(torch.cat(labels).bincount(), data.y[data.train_mask].bincount())
+
+
+def test_passes_that_end_early_are_followed_by_the_next():
+    source = PyGLoader(unsized, steps_per_epoch=50).bind(digits())
+    assert len(list(source.batches(seed=0, round=1, subnet=0, steps=23))) == 23
+
+
 def test_a_generator_of_the_loader_is_seeded_too():
     data = digits()
 
