@@ -43,7 +43,14 @@ EVALUATE_AFTER = 5
 """Least steps of a subnet between two evaluations, which take time and are not counted."""
 
 WIDE: dict[str, dict[str, Any]] = {
-    "csbm": {"model": "sage", "hidden": 4096, "layers": 3, "clusters": 10, "dropout": 0.2}
+    "csbm": {
+        "model": "sage",
+        "hidden": 2048,
+        "layers": 3,
+        "clusters": 10,
+        "dropout": 0.2,
+        "epochs": 40,
+    }
 }
 """What differs from a dataset's card: the generated graph is trained wide, on clusters."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import SAGEConv
 
 from gist import GISTTrainer, load_dataset
+from gist.execution.allocator import keeps_freed_memory
 from gist.graph.batch import GraphBatch
 from gist.graph.clusters import Cluster
 from gist.graph.data import GraphData
@@ -191,7 +192,8 @@ def main() -> None:
     recipe = Cluster(num_parts=parsed.clusters, cache=False)
     rows: list[Row] = []
     for layers in parsed.layers:
-        rows += measure(data, recipe, layers, parsed)
+        with keeps_freed_memory(0, 1):  # as in a run, and for all alike
+            rows += measure(data, recipe, layers, parsed)
         print(f"{layers} layers done", flush=True)
     finish(parsed, rows, COLUMNS)
 
