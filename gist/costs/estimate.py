@@ -231,10 +231,11 @@ class RunOnStage:
     def _evaluation(self, standing: int) -> tuple[str, int, int]:
         """How the model is evaluated, what that takes and what it may, beside what stays."""
         left = max(self.limit - standing, 0)
-        if self.config.memory_limit is None:
-            before = self.process_bytes + self.data_bytes + self.model_bytes
-            left = min(left, default_memory_limit(self.device, max(self.limit - before, 1)))
         on_disk = self.config.store == "disk"
+        if self.config.memory_limit is None:
+            model = min(self.model_bytes, RESIDENT_BYTES) if on_disk else self.model_bytes
+            before = self.process_bytes + self.data_bytes + model
+            left = min(left, default_memory_limit(self.device, max(self.limit - before, 1)))
         if self._how == "clusters":
             return self._how, self._one_pass, left
         if self._how == "full" or layerwise_obstacle(self.model) is not None:

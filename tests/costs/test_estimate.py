@@ -217,6 +217,21 @@ def test_a_model_on_disk_takes_no_memory_but_for_the_pages_that_an_evaluation_re
     assert set(last.disk) == {"model"}
 
 
+def test_a_model_on_disk_larger_than_memory_leaves_room_to_evaluate_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("gist.costs.estimate.free_memory", lambda device: 8 * 2**30)
+    costs = plan(
+        model=outline(65_536, 3),  # 34 GB
+        num_subnets=16,
+        store="disk",
+        keep_best=False,
+        out=tmp_path / "run",
+        memory_limit=None,
+    )
+    assert costs.fits
+    assert costs.evaluation == "layerwise"
+    assert costs.memory["evaluation"]["activations"] > 2**30, "not the least that is possible"
+
+
 def test_without_the_best_model_a_run_takes_one_model_less():
     best, last = items_of(plan(num_subnets=8)), items_of(plan(num_subnets=8, keep_best=False))
     for phase in best:
