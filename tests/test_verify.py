@@ -213,6 +213,7 @@ def test_masked_model_is_zero_where_the_subnet_holds_nothing():
 
 
 def test_subnet_difference_notices_a_single_wrong_entry(monkeypatch):
+    torch.manual_seed(0)  # with other weights, the unit behind that entry may be off everywhere
     model = Net().double()
     spec = partition_spec(model, CHAIN)
     assignment = DisjointUniform()(spec.sizes, 2, seed=0, round=0)
