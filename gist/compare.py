@@ -30,6 +30,10 @@ def compare(
 ) -> dict[str, Any]:
     """Runs every method with every seed, the methods of one seed in turn.
 
+    All methods are evaluated about as often over the budget, as often as the one with the fewest
+    rounds, unless ``eval_every`` is set: the best of many evaluations is no match for the best of
+    few.
+
     Args:
         base: Dataset and settings that all runs share.
         subnets: Values of m to compare.
@@ -46,9 +50,15 @@ def compare(
     data = base.load_data()
     methods = [replace(base, method="full")] if full else []
     methods += [replace(base, settings={**base.settings, "num_subnets": m}) for m in subnets]
+    rounds = []
     for method in methods:  # what is computed once (kept products, kernels) is charged to none
+        rounds.append(len(method.trainer(data, device).rounds))
         settings = {**method.settings, "fast_dev_run": True, "progress": False}
         replace(method, settings=settings).trainer(data, device).fit()
+    methods = [
+        replace(method, settings={"eval_every": max(1, count // min(rounds)), **method.settings})
+        for method, count in zip(methods, rounds, strict=True)
+    ]
     runs: list[list[dict[str, Any]]] = [[] for _ in methods]
     folders: list[list[str]] = [[] for _ in methods]
     for seed in range(base.seed, base.seed + seeds):
@@ -128,6 +138,7 @@ def _row(method: Experiment, runs: list[dict[str, Any]], folders: list[str]) -> 
         "test_mean": mean(test),
         "test_std": stdev(test) if len(test) > 1 else 0.0,
         "seconds": median(run["seconds"] for run in runs),
+        "evaluations": runs[0]["evaluations"],
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "num_parameters": runs[0]["num_parameters"],
         "parameters_per_subnet": max(runs[0]["parameters_per_subnet"]),

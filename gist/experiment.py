@@ -125,6 +125,7 @@ class Experiment:
             **{k: v for k, v in result.to_json().items() if k != "best"},
             "best_round": result.best.round,
             "rounds": len(result.history),
+            "evaluations": sum(record.val_metric is not None for record in result.history),
             "settings": {**trainer.config.to_json(), **trainer.graph_config.to_json()},
             "model_settings": {k: settings[k] for k in MODEL_SETTINGS if k in settings},
             "versions": versions(),

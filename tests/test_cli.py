@@ -150,6 +150,14 @@ def test_settings_that_differ_between_methods_are_said(gist, real_data_root, mon
     assert "full m = 1: norm None" in printed
 
 
+def test_compare_evaluates_all_methods_as_often(gist):
+    common = ["compare", "csbm", *TINY, "--epochs", "16", "--local-steps", "1", "--subnets", "4"]
+    _, printed, _ = gist(*common, "--json", "-")
+    assert [row["evaluations"] for row in json.loads(printed)["rows"]] == [4, 4]
+    _, printed, _ = gist(*common, "--eval-every", "2", "--json", "-")
+    assert [row["evaluations"] for row in json.loads(printed)["rows"]] == [8, 2]
+
+
 def test_compare_without_the_full_model_has_no_speedup(gist):
     _, printed, _ = gist("compare", "csbm", *TINY, "--no-full", "--subnets", "2", "--json", "-")
     assert [row["speedup"] for row in json.loads(printed)["rows"]] == [None]

@@ -1,53 +1,217 @@
-"""Where the time of a training step goes: operators by self time, full model and one subnet.
+"""Where the time of a training step goes, operator by operator, and how far from its floor.
 
-python examples/benchmarks/profile_step.py cora --subnets 8
-python examples/benchmarks/profile_step.py cora --subnets 8 --dense    # ÂX kept as dense
+Every operator that a round runs is timed, with the bytes of its operands and results and the
+floating-point operations of products. Its floor is the larger of operations over the peak of a
+product and bytes over the bandwidth of memory, both measured at the start; each operand counts as
+read once, each result as written once, so an operator that works in the cache can be below. "rest"
+is what no operator accounts for: Python, and the dispatch that the measuring itself goes through.
+
+    python examples/benchmarks/profile_step.py                # GraphSAGE, 4,096 wide, on clusters
+    python examples/benchmarks/profile_step.py --dataset cora --local-steps 5
+    python examples/benchmarks/profile_step.py --quick
 """
 
 from __future__ import annotations
 
-import argparse
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from tables import Row, finish, options, seconds_of, start
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
+from gist import GISTTrainer, load_dataset
+from gist.costs.tally import flops_of
+from gist.execution.allocator import keeps_freed_memory
 from gist.experiment import Experiment
-from gist.graph import adjacency
+from gist.graph.clusters import Cluster
+from gist.nn import GraphSAGE
 
-STEPS = 40
+COLUMNS = (
+    "method",
+    "operator",
+    "calls",
+    "milliseconds",
+    "share",
+    "gflop",
+    "megabytes",
+    "floor_milliseconds",
+    "above_floor",
+)
 
 
-def profiled(experiment: Experiment) -> list[tuple[str, float]]:
-    """Operators and their milliseconds per optimiser step, most expensive first."""
-    data = experiment.load_data()
-    experiment.trainer(data).fit()  # warm up: kernels, kept products
-    trainer = experiment.trainer(data)
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        result = trainer.fit()
-    steps = sum(record.local_steps * record.num_subnets for record in result.history)
-    events = [(e.key, e.self_cpu_time_total / 1000 / steps) for e in recorded.key_averages()]
-    return sorted(events, key=lambda event: -event[1])
+@dataclass
+class Cost:
+    """What the calls of one operator took together."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    flops: int = 0
+    bytes: int = 0
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
+    """Times every operator that runs under it, and counts its operations and bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.costs: defaultdict[str, Cost] = defaultdict(Cost)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Runs an operator and enters it."""
+        kwargs = dict(kwargs or {})
+        begin = time.perf_counter()
+        out = func(*args, **kwargs)
+        seconds = time.perf_counter() - begin
+        cost = self.costs[func.overloadpacket.__name__]
+        cost.calls += 1
+        cost.seconds += seconds
+        cost.flops += flops_of(func.overloadpacket, args, kwargs, out)
+        if not moves_nothing(func):
+            cost.bytes += sum(map(nbytes, tree_iter((args, kwargs, out))))
+        return out
+
+
+def moves_nothing(func: Any) -> bool:
+    """Whether an operator makes a view, or memory without content."""
+    aliases = [result.alias_info for result in func._schema.returns]
+    view = any(alias is not None and not alias.is_write for alias in aliases)
+    return view or "empty" in func.overloadpacket.__name__
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of a tensor, those of an expanded one once; 0 of anything else."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return 0
+    return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+
+
+def peak_flops(size: int) -> float:
+    """Operations a second of the best of several square products."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b)) for _ in range(8))
+
+
+def bandwidth(megabytes: int) -> float:
+    """Bytes a second of the best of several sums of two long vectors into a third."""
+    a, b, c = (torch.ones(megabytes * 2**18) for _ in range(3))
+    return 3 * a.numel() * 4 / min(seconds_of(lambda: torch.add(a, b, out=c)) for _ in range(8))
+
+
+def round_of(trainer: GISTTrainer, ledger: Ledger) -> tuple[float, float, int]:
+    """Seconds of a round without and with the ledger, and its local steps, all warmed up."""
+    plan = trainer.rounds[0]
+    executor, assignment = trainer.executor, trainer.assign(plan)
+    executor.run_round(plan, assignment)
+    bare = seconds_of(lambda: executor.run_round(plan, assignment))
+    with ledger:
+        timed = seconds_of(lambda: executor.run_round(plan, assignment))
+    return bare, timed, plan.local_steps
+
+
+def wide(parsed: Any, m: int) -> GISTTrainer:
+    """GraphSAGE on one cluster of a generated graph at a time."""
+    data = load_dataset("csbm", num_nodes=parsed.nodes, num_features=100, num_classes=47)
+    torch.manual_seed(0)
+    model = GraphSAGE(100, parsed.hidden, 47, parsed.layers, dropout=0.2)
+    return GISTTrainer(
+        model,
+        data,
+        num_subnets=m,
+        local_steps=parsed.local_steps,
+        rounds=1,
+        executor="serial" if m == 1 else "stacked",
+        batches=Cluster(num_parts=max(1, parsed.nodes // 2000), cache=False),
+        keep_best=False,
+        progress=False,
+    )
+
+
+def of_card(parsed: Any, m: int) -> GISTTrainer:
+    """A dataset with the settings of its card."""
+    settings = {
+        "num_subnets": m,
+        "local_steps": parsed.local_steps,
+        "rounds": 1,
+        "executor": "serial" if m == 1 else "stacked",
+        "progress": False,
+    }
+    experiment = Experiment(
+        dataset=parsed.dataset, method="full" if m == 1 else "gist", settings=settings
+    )
+    return experiment.trainer(experiment.load_data())
+
+
+def measure(parsed: Any, m: int, peak: float, stream: float) -> list[Row]:
+    """The rows of one method, the most expensive operators first, all per step."""
+    ledger = Ledger()
+    trainer = of_card(parsed, m) if parsed.dataset else wide(parsed, m)
+    with keeps_freed_memory(0, 1):  # as in a run
+        bare, timed, steps = round_of(trainer, ledger)
+    ranked = sorted(ledger.costs.items(), key=lambda entry: -entry[1].seconds)
+    shown, others = ranked[: parsed.top], ranked[parsed.top :]
+    if others:
+        fields = ("calls", "seconds", "flops", "bytes")
+        rest = {key: sum(getattr(cost, key) for _, cost in others) for key in fields}
+        shown.append((f"{len(others)} others", Cost(**rest)))
+    name = "full" if m == 1 else f"gist, m = {m}"
+    rows = []
+    for operator, cost in shown:
+        floor = max(cost.flops / peak, cost.bytes / stream)
+        rows.append(
+            {
+                "operator": operator,
+                "calls": cost.calls / steps,
+                "milliseconds": 1000 * cost.seconds / steps,
+                "gflop": cost.flops / 1e9 / steps,
+                "megabytes": cost.bytes / 1e6 / steps,
+                "floor_milliseconds": 1000 * floor / steps,
+                "above_floor": cost.seconds / floor if floor else float("nan"),
+            }
+        )
+    sums = {
+        key: sum(row[key] for row in rows)
+        for key in ("calls", "milliseconds", "gflop", "megabytes", "floor_milliseconds")
+    }
+    nothing = dict.fromkeys(sums, float("nan")) | {"above_floor": float("nan")}
+    inside = sums["milliseconds"]
+    whole = 1000 * timed / steps
+    rows.append(nothing | {"operator": "rest", "milliseconds": whole - inside})
+    above = whole / sums["floor_milliseconds"]
+    rows.append({"operator": "step", **sums, "milliseconds": whole, "above_floor": above})
+    print(f"{name}: {1000 * bare / steps:.1f} ms a step without measuring operators", flush=True)
+    return [row | {"method": name, "share": row["milliseconds"] / whole} for row in rows]
 
 
 def main() -> None:
-    """Prints one table per method."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("dataset")
+    """Prints the table."""
+    parser = options(__doc__)
+    parser.add_argument("--dataset", help="one with a card, instead of the wide model")
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--subnets", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dense", action="store_true", help="keep ÂX dense")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.dense:
-        adjacency.SPARSE_BELOW = 0.0
-    common = {"local_steps": 20, "norm": "layer"}
-    for method, m in (("full", 1), ("gist", options.subnets)):
-        settings = {**common, "num_subnets": m, "epochs": STEPS}
-        events = profiled(Experiment(dataset=options.dataset, method=method, settings=settings))
-        total = sum(milliseconds for _, milliseconds in events)
-        print(f"\n{options.dataset}, {method}, m = {m}: {total:.2f} ms a step")
-        for name, milliseconds in events[:8]:
-            print(f"  {name:40} {milliseconds:8.2f}")
+    parser.add_argument("--nodes", type=int, default=20_000)
+    parser.add_argument("--local-steps", type=int, default=20)
+    parser.add_argument("--top", type=int, default=8, help="operators to show")
+    parsed = parser.parse_args()
+    if parsed.quick:
+        parsed.hidden, parsed.nodes, parsed.local_steps = 256, 4000, 5
+    start(parsed)
+    peak, stream = peak_flops(1024 if parsed.quick else 4096), bandwidth(256)
+    print(f"peak {peak / 1e9:.0f} GFLOP/s, memory {stream / 1e9:.0f} GB/s", flush=True)
+    rows = [row for m in (1, parsed.subnets) for row in measure(parsed, m, peak, stream)]
+    finish(parsed, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -63,12 +63,18 @@ class Tally(LiveBytes):  # type: ignore[no-untyped-call]  # torch is untyped her
             if packet in _CHOOSING:
                 func, args, kwargs = _CHOOSING[packet](func, args, kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        packet = _IN_PLACE.get(packet, packet)
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
-        elif packet in _PER_EDGE:
-            self.flops += 2 * _PER_EDGE[packet](*args)
+        self.flops += flops_of(packet, args, kwargs, out)
         return out
+
+
+def flops_of(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Floating-point operations of one call of an ATen operation, as :class:`Tally` counts them."""
+    packet = _IN_PLACE.get(packet, packet)
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    if packet in _PER_EDGE:
+        return 2 * _PER_EDGE[packet](*args)
+    return 0
 
 
 _IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
