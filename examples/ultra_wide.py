@@ -30,6 +30,9 @@ from gist.partition.spec import model_tensors
 
 GIB = 2**30
 
+RATE = 0.4
+"""Learning rate of one unit: what Adam does to a sum grows with the number of its terms."""
+
 
 def main() -> None:
     """Trains for a few rounds and prints what they cost."""
@@ -46,7 +49,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, help="cut the graph into so many; default: do not")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--local-steps", type=int, default=5)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, help=f"default: {RATE} / units that a subnet holds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
@@ -80,7 +83,7 @@ def train(parsed: argparse.Namespace, out: Path | None) -> None:
         num_subnets=parsed.subnets,
         local_steps=parsed.local_steps,
         rounds=parsed.rounds,
-        lr=parsed.lr,
+        lr=parsed.lr or RATE * parsed.subnets / parsed.width,
         schedule="constant",
         executor="serial",  # one subnet at a time takes the least memory
         clusters=parsed.clusters,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gist.errors import DataError
-from gist.graph.sparse import CSR, SparseMatrix, sparse_if_worth_it
+from gist.graph.sparse import CSR, SparseMatrix, product_work, sparse_if_worth_it
 
 Form = Literal["identity", "gcn", "mean", "sum"]
 """A matrix that features are multiplied with: see :meth:`Adjacency.propagate`."""
@@ -431,7 +431,8 @@ class Adjacency:
         """``M x Wᵀ + b``, where M is as in :meth:`propagate`.
 
         For a constant ``x``, ``M x`` is kept; where few of its entries are not zero (bags of
-        words), as a sparse matrix, whose product with W costs that many times less.
+        words), as a sparse matrix, whose product with W costs that many times less. Where ``M``
+        and ``x`` have fewer entries together than their product has, it is ``M (x Wᵀ)`` instead.
 
         Args:
             form: As in :meth:`propagate`.
@@ -439,21 +440,32 @@ class Adjacency:
             weight: ``[d_out, d_in]``.
             bias: ``[d_out]`` or None. Returns ``[T, d_out]``.
         """
-        if self.is_constant(x) and isinstance(kept := self._kept(form, x), SparseMatrix):
+        if not self.is_constant(x) or isinstance(kept := self._kept(form, x), Tensor):
+            return F.linear(self.propagate(form, x), weight, bias)
+        if kept is None:
+            out = self.propagate(form, self.project("identity", x, weight))
+        else:
             out = kept.matmul(weight.t())
-            return out if bias is None else out + bias
-        return F.linear(self.propagate(form, x), weight, bias)
+        return out if bias is None else out + bias
 
     def _own(self, x: Tensor) -> Tensor:
         return x if self.is_square else x[: self.num_targets]
 
-    def _kept(self, form: Form, x: Tensor) -> Tensor | SparseMatrix:
-        kept: dict[Form, tuple[int, Tensor | SparseMatrix]] = self._constants[x]
+    def _kept(self, form: Form, x: Tensor) -> Tensor | SparseMatrix | None:
+        """``M x`` of a constant ``x``; None where products with it cost more than with both."""
+        kept: dict[Form, tuple[int, Tensor | SparseMatrix | None]] = self._constants[x]
         if form not in kept or kept[form][0] != x._version:
-            own = form == "identity"
-            dense = self._own(x) if own else self.matrix(form, x.dtype).rows.product(x)
-            kept[form] = (x._version, sparse_if_worth_it(dense))
+            kept[form] = (x._version, self._to_keep(form, x))
         return kept[form][1]
+
+    def _to_keep(self, form: Form, x: Tensor) -> Tensor | SparseMatrix | None:
+        if form == "identity":
+            return sparse_if_worth_it(self._own(x))
+        rows = self.matrix(form, x.dtype).rows
+        dense = rows.product(x)
+        if self.is_square and rows.indices.numel() + product_work(x) < product_work(dense):
+            return None
+        return sparse_if_worth_it(dense)
 
     def to(self, device: torch.device | str) -> Adjacency:
         """The same graph on ``device``; kept products stay behind."""

@@ -275,6 +275,21 @@ class SparseMatrix:
 
 def sparse_if_worth_it(x: Tensor) -> Tensor | SparseMatrix:
     """``x`` as a sparse matrix where few of its entries are not zero; else itself."""
-    if x.device.type != "cpu" or float(torch.count_nonzero(x)) > SPARSE_BELOW * x.numel():
+    if product_work(x) == _dense_work(x):
         return x
     return SparseMatrix.from_scipy(sp.csr_matrix(x.numpy()))
+
+
+def product_work(x: Tensor) -> float:
+    """What multiplying with a constant ``x`` costs, in stored entries of a sparse matrix.
+
+    That is those of its entries that are not zero, or :data:`SPARSE_BELOW` of all of them, which is
+    what a dense product costs; always the latter where products with ``x`` stay dense.
+    """
+    if x.device.type != "cpu":
+        return _dense_work(x)
+    return min(float(torch.count_nonzero(x)), _dense_work(x))
+
+
+def _dense_work(x: Tensor) -> float:
+    return SPARSE_BELOW * x.numel()
