@@ -83,7 +83,7 @@ def train(parsed: argparse.Namespace, out: Path | None) -> None:
         num_subnets=parsed.subnets,
         local_steps=parsed.local_steps,
         rounds=parsed.rounds,
-        lr=parsed.lr or RATE * parsed.subnets / parsed.width,
+        lr=RATE * parsed.subnets / parsed.width if parsed.lr is None else parsed.lr,
         schedule="constant",
         executor="serial",  # one subnet at a time takes the least memory
         clusters=parsed.clusters,

@@ -114,7 +114,7 @@ def train(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gist",
     subnets: Annotated[
         str | None,
-        typer.Option(help="m (default 4), or a schedule such as 0.6:8,0.4:1 (share:m)."),
+        typer.Option(help="m (default 4, or the card's), or a schedule: 0.6:8,0.4:1 (share:m)."),
     ] = None,
     data: DataOption = None,
     model: Model = None,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median, median_low, stdev
 from typing import Any
 
 from rich import box
@@ -16,6 +16,7 @@ from rich.table import Table
 from gist.checkpoint import write_atomically
 from gist.config import SubnetSchedule
 from gist.experiment import Experiment
+from gist.plan import plan_rounds
 
 
 def compare(
@@ -30,9 +31,9 @@ def compare(
 ) -> dict[str, Any]:
     """Runs every method with every seed, the methods of one seed in turn.
 
-    All methods are evaluated about as often over the budget, as often as the one with the fewest
-    rounds, unless ``eval_every`` is set: the best of many evaluations is no match for the best of
-    few.
+    All methods are evaluated about as often over the budget, none more often than the one with the
+    fewest rounds is: the best of many evaluations is no match for the best of few. ``eval_every``
+    or ``early_stopping``, where set, is left to mean what it does in a run.
 
     Args:
         base: Dataset and settings that all runs share.
@@ -52,13 +53,17 @@ def compare(
     methods += [replace(base, settings={**base.settings, "num_subnets": m}) for m in subnets]
     rounds = []
     for method in methods:  # what is computed once (kept products, kernels) is charged to none
-        rounds.append(len(method.trainer(data, device).rounds))
         settings = {**method.settings, "fast_dev_run": True, "progress": False}
-        replace(method, settings=settings).trainer(data, device).fit()
-    methods = [
-        replace(method, settings={"eval_every": max(1, count // min(rounds)), **method.settings})
-        for method, count in zip(methods, rounds, strict=True)
-    ]
+        trainer = replace(method, settings=settings).trainer(data, device)
+        trainer.fit()
+        config = replace(trainer.config, fast_dev_run=bool(method.settings.get("fast_dev_run")))
+        rounds.append(len(plan_rounds(config, trainer.objective.steps_per_epoch)))
+        del trainer
+    if not base.settings.keys() & {"eval_every", "early_stopping"}:
+        methods = [
+            replace(method, settings={**method.settings, "eval_every": -(-count // min(rounds))})
+            for method, count in zip(methods, rounds, strict=True)
+        ]
     runs: list[list[dict[str, Any]]] = [[] for _ in methods]
     folders: list[list[str]] = [[] for _ in methods]
     for seed in range(base.seed, base.seed + seeds):
@@ -138,7 +143,7 @@ def _row(method: Experiment, runs: list[dict[str, Any]], folders: list[str]) -> 
         "test_mean": mean(test),
         "test_std": stdev(test) if len(test) > 1 else 0.0,
         "seconds": median(run["seconds"] for run in runs),
-        "evaluations": runs[0]["evaluations"],
+        "evaluations": median_low(run["evaluations"] for run in runs),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "num_parameters": runs[0]["num_parameters"],
         "parameters_per_subnet": max(runs[0]["parameters_per_subnet"]),

@@ -28,6 +28,9 @@ from gist.trainer import GISTTrainer
 
 MODELS = ("gcn", "sage", "sage-concat", "gat")
 METHODS = ("gist", "full")
+_MEASURED_WITH = {"num_subnets", "hidden", "epochs", "rounds", "fast_dev_run"}
+"""Settings that a card's schedule of subnets was measured with: it goes with no others."""
+
 GRAPH_SIZES = ("num_nodes", "num_edges", "num_features", "num_classes")
 MODEL_SETTINGS = ("model", "hidden", "layers", "norm", "dropout", "heads")
 
@@ -71,9 +74,12 @@ class Experiment:
                 got=f"num_subnets={self.settings['num_subnets']}",
                 remedy="leave num_subnets out, or use method 'gist'",
             )
+        known = load_card(self.dataset)
         subnets = self.settings.get("num_subnets", TrainConfig.num_subnets)
+        if not any(self.settings.get(name) for name in _MEASURED_WITH):
+            subnets = known.settings.defaults.num_subnets or subnets
         most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
-        card = load_card(self.dataset).settings_for(1 if self.method == "full" else most)
+        card = known.settings_for(1 if self.method == "full" else most)
         if "rounds" in self.settings:
             del card["epochs"]
         settings = {**card, "num_subnets": subnets, **self.settings, "seed": self.seed}

@@ -150,12 +150,28 @@ def test_settings_that_differ_between_methods_are_said(gist, real_data_root, mon
     assert "full m = 1: norm None" in printed
 
 
+def test_a_card_may_have_a_schedule_of_subnets(gist):
+    common = ["train", "csbm", *TINY[:6], "--local-steps", "30", "--threads", "1", "--json", "-"]
+    for options, subnets in (
+        ([], [[0.6, 8], [0.4, 1]]),
+        (["--method", "full"], 1),
+        (["--epochs", "40"], 4),  # a schedule goes with the budget that it was measured with
+        (["--fast-dev-run"], 4),
+    ):
+        _, printed, _ = gist(*common, *options)
+        assert json.loads(printed)["subnets"] == subnets
+
+
 def test_compare_evaluates_all_methods_as_often(gist):
     common = ["compare", "csbm", *TINY, "--epochs", "16", "--local-steps", "1", "--subnets", "4"]
     _, printed, _ = gist(*common, "--json", "-")
     assert [row["evaluations"] for row in json.loads(printed)["rows"]] == [4, 4]
     _, printed, _ = gist(*common, "--eval-every", "2", "--json", "-")
     assert [row["evaluations"] for row in json.loads(printed)["rows"]] == [8, 2]
+    _, printed, _ = gist(*common, "--early-stopping", "9", "--json", "-")
+    assert [row["evaluations"] for row in json.loads(printed)["rows"]] == [16, 4]
+    _, printed, _ = gist(*common, "--subnets", "3", "--json", "-")  # 16 rounds against 5
+    assert [row["evaluations"] for row in json.loads(printed)["rows"]] == [4, 5]
 
 
 def test_compare_without_the_full_model_has_no_speedup(gist):

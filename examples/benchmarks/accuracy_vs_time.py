@@ -61,7 +61,7 @@ ANNEALED: dict[str, SubnetSchedule] = {
 """Schedules of subnets, ``m:share of the budget``."""
 
 
-Run = tuple[int | str, int, float]
+Case = tuple[int | str, int, float]
 """Subnets, local steps, share of the budget."""
 
 
@@ -89,10 +89,10 @@ def run(dataset: str, data: GraphData, method: str, seed: int, settings: Any) ->
     return experiment.trainer(data).fit()
 
 
-def plan(parsed: Any) -> list[Run]:
+def plan(parsed: Any) -> list[Case]:
     """What is run, the full model with the whole budget first: it sets the target."""
     full, most = parsed.full_steps, max(parsed.subnets)
-    runs: list[Run] = [(1, full, 1.0), (1, full, SHORT)]
+    runs: list[Case] = [(1, full, 1.0), (1, full, SHORT)]
     runs += [(m, steps, 1.0) for m in parsed.subnets for steps in parsed.local_steps]
     runs += [(most, steps, LONG) for steps in parsed.local_steps]
     runs += [
@@ -107,7 +107,7 @@ def plan(parsed: Any) -> list[Run]:
 
 def measure(dataset: str, parsed: Any, curves: dict[str, Any]) -> list[Row]:
     """The rows of one dataset."""
-    found: dict[Run, list[tuple[float, float, float]]] = {}
+    found: dict[Case, list[tuple[float, float, float]]] = {}
     data = Experiment(dataset=dataset, data_options=HARD.get(dataset, {})).load_data()
     wide = WIDE.get(dataset, {})
     budget = parsed.epochs or Experiment(dataset=dataset, settings=wide).resolved()["epochs"]

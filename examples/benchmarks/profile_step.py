@@ -5,6 +5,7 @@ floating-point operations of products. Its floor is the larger of operations ove
 product and bytes over the bandwidth of memory, both measured at the start; each operand counts as
 read once, each result as written once, so an operator that works in the cache can be below. "rest"
 is what no operator accounts for: Python, and the dispatch that the measuring itself goes through.
+Batches that are made beside the training, in another thread, are not seen.
 
     python examples/benchmarks/profile_step.py                # GraphSAGE, 4,096 wide, on clusters
     python examples/benchmarks/profile_step.py --dataset cora --local-steps 5
@@ -16,11 +17,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from tables import Row, finish, options, seconds_of, start
+from tables import Row, finish, median, options, seconds_of, start
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -53,13 +54,25 @@ class Cost:
     seconds: float = 0.0
     flops: int = 0
     bytes: int = 0
+    floor: float = 0.0
+
+    def __iadd__(self, other: Cost) -> Cost:
+        for field in fields(Cost):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return self
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
-    """Times every operator that runs under it, and counts its operations and bytes."""
+    """Times every operator that runs under it, and counts its operations and bytes.
 
-    def __init__(self) -> None:
+    Args:
+        peak: Operations a second.
+        stream: Bytes a second.
+    """
+
+    def __init__(self, peak: float, stream: float) -> None:
         super().__init__()
+        self.peak, self.stream = peak, stream
         self.costs: defaultdict[str, Cost] = defaultdict(Cost)
 
     def __torch_dispatch__(
@@ -74,12 +87,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is un
         begin = time.perf_counter()
         out = func(*args, **kwargs)
         seconds = time.perf_counter() - begin
-        cost = self.costs[func.overloadpacket.__name__]
-        cost.calls += 1
-        cost.seconds += seconds
-        cost.flops += flops_of(func.overloadpacket, args, kwargs, out)
-        if not moves_nothing(func):
-            cost.bytes += sum(map(nbytes, tree_iter((args, kwargs, out))))
+        flops = flops_of(func.overloadpacket, args, kwargs, out)
+        moved = 0 if moves_nothing(func) else sum(map(nbytes, tree_iter((args, kwargs, out))))
+        floor = max(flops / self.peak, moved / self.stream)
+        self.costs[func.overloadpacket.__name__] += Cost(1, seconds, flops, moved, floor)
         return out
 
 
@@ -87,7 +98,8 @@ def moves_nothing(func: Any) -> bool:
     """Whether an operator makes a view, or memory without content."""
     aliases = [result.alias_info for result in func._schema.returns]
     view = any(alias is not None and not alias.is_write for alias in aliases)
-    return view or "empty" in func.overloadpacket.__name__
+    name = func.overloadpacket.__name__
+    return view or "empty" in name or name == "_unsafe_view"
 
 
 def nbytes(value: Any) -> int:
@@ -109,15 +121,17 @@ def bandwidth(megabytes: int) -> float:
     return 3 * a.numel() * 4 / min(seconds_of(lambda: torch.add(a, b, out=c)) for _ in range(8))
 
 
-def round_of(trainer: GISTTrainer, ledger: Ledger) -> tuple[float, float, int]:
-    """Seconds of a round without and with the ledger, and its local steps, all warmed up."""
+def rounds_of(trainer: GISTTrainer, ledger: Ledger, repeats: int) -> tuple[float, float]:
+    """Median seconds of a round without the ledger, and mean seconds with it, all warmed up."""
     plan = trainer.rounds[0]
     executor, assignment = trainer.executor, trainer.assign(plan)
     executor.run_round(plan, assignment)
-    bare = seconds_of(lambda: executor.run_round(plan, assignment))
-    with ledger:
-        timed = seconds_of(lambda: executor.run_round(plan, assignment))
-    return bare, timed, plan.local_steps
+    bare, timed = [], 0.0
+    for _ in range(repeats):
+        bare.append(seconds_of(lambda: executor.run_round(plan, assignment)))
+        with ledger:
+            timed += seconds_of(lambda: executor.run_round(plan, assignment))
+    return median(bare), timed / repeats
 
 
 def wide(parsed: Any, m: int) -> GISTTrainer:
@@ -155,29 +169,30 @@ def of_card(parsed: Any, m: int) -> GISTTrainer:
 
 def measure(parsed: Any, m: int, peak: float, stream: float) -> list[Row]:
     """The rows of one method, the most expensive operators first, all per step."""
-    ledger = Ledger()
+    ledger = Ledger(peak, stream)
     trainer = of_card(parsed, m) if parsed.dataset else wide(parsed, m)
     with keeps_freed_memory(0, 1):  # as in a run
-        bare, timed, steps = round_of(trainer, ledger)
+        bare, timed = rounds_of(trainer, ledger, parsed.repeats)
+    steps = trainer.rounds[0].local_steps
     ranked = sorted(ledger.costs.items(), key=lambda entry: -entry[1].seconds)
-    shown, others = ranked[: parsed.top], ranked[parsed.top :]
-    if others:
-        fields = ("calls", "seconds", "flops", "bytes")
-        rest = {key: sum(getattr(cost, key) for _, cost in others) for key in fields}
-        shown.append((f"{len(others)} others", Cost(**rest)))
+    shown, others = ranked[: parsed.top], Cost()
+    for _, cost in ranked[parsed.top :]:
+        others += cost
+    if others.calls:
+        shown.append((f"{len(ranked) - parsed.top} others", others))
+    counted = steps * parsed.repeats
     name = "full" if m == 1 else f"gist, m = {m}"
     rows = []
     for operator, cost in shown:
-        floor = max(cost.flops / peak, cost.bytes / stream)
         rows.append(
             {
                 "operator": operator,
-                "calls": cost.calls / steps,
-                "milliseconds": 1000 * cost.seconds / steps,
-                "gflop": cost.flops / 1e9 / steps,
-                "megabytes": cost.bytes / 1e6 / steps,
-                "floor_milliseconds": 1000 * floor / steps,
-                "above_floor": cost.seconds / floor if floor else float("nan"),
+                "calls": cost.calls / counted,
+                "milliseconds": 1000 * cost.seconds / counted,
+                "gflop": cost.flops / 1e9 / counted,
+                "megabytes": cost.bytes / 1e6 / counted,
+                "floor_milliseconds": 1000 * cost.floor / counted,
+                "above_floor": cost.seconds / cost.floor if cost.floor else float("nan"),
             }
         )
     sums = {

@@ -114,8 +114,11 @@ def plot(rows: list[Row], folder: Path) -> None:
             ("peak memory, GiB", lambda row: row["peak_memory_bytes"] / 2**30),
         ]
         for axis, (label, value) in zip(axes, panels, strict=True):
-            axis.plot([row[key] for row in points], [value(row) for row in points], "o-")
+            values = [value(row) for row in points]
+            axis.plot([row[key] for row in points], values, "o-")
             axis.set(xlabel=sweep, ylabel=label, xscale="log", yscale="log")
+            if max(values) < 3 * min(values):  # a decade, so that noise looks like what it is
+                axis.set_ylim(min(values) / 3, max(values) * 3)
             axis.grid(True, which="both", alpha=0.3)
         figure.savefig(folder / f"scaling_{key}.png", dpi=110)
         plt.close(figure)

@@ -36,6 +36,7 @@ COLUMNS = (
 
 def measure(data: GraphData, parsed: Any, width: int, m: int, how: tuple[str, bool]) -> Row:
     """One run of two rounds."""
+    torch._dynamo.reset()  # what another case has compiled is no help here, nor a burden
     torch.manual_seed(0)
     model = GraphSAGE(data.num_features, width, data.num_classes, parsed.layers, dropout=0.2)
     precision, compiled = how

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,6 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gist.errors import DataError
 from gist.graph.sparse import CSR, SparseMatrix, product_work, sparse_if_worth_it
+
+_T = TypeVar("_T")
 
 Form = Literal["identity", "gcn", "mean", "sum"]
 """A matrix that features are multiplied with: see :meth:`Adjacency.propagate`."""
@@ -394,8 +396,9 @@ class Adjacency:
     def remember(self, x: Tensor, forms: Iterable[Form] = ()) -> None:
         """Declares ``x`` constant: products with this very tensor are computed once and kept.
 
-        Input features never change, so ``ÂX`` of a first layer costs one product in a whole run.
-        An in-place change of ``x`` is noticed and leads to a new product.
+        Input features never change, so ``ÂX`` of a first layer costs one product in a whole run,
+        if it is to be had at all: see :meth:`project`. An in-place change of ``x`` is noticed and
+        leads to a new product.
 
         Args:
             x: ``[N, d]``.
@@ -406,11 +409,11 @@ class Adjacency:
             self._kept(form, x)
 
     def remembered(self, x: Tensor) -> frozenset[Form]:
-        """The forms whose products with ``x`` are kept by now."""
-        return frozenset(self._constants.get(x, ()))
+        """The forms of which is known by now how to multiply with ``x``."""
+        return frozenset(form for form, dense in self._constants.get(x, ()) if not dense)
 
     def is_constant(self, x: Tensor) -> bool:
-        """Whether products with ``x`` are kept, so that aggregating first costs nothing."""
+        """Whether ``x`` was declared constant: :meth:`project` then knows what is least work."""
         return x in self._constants and not x.requires_grad
 
     def propagate(self, form: Form, x: Tensor) -> Tensor:
@@ -423,16 +426,18 @@ class Adjacency:
         """
         if form == "identity":
             return self._own(x)
-        if self.is_constant(x) and isinstance(kept := self._kept(form, x), Tensor):
-            return kept
-        return self.matrix(form, x.dtype).matmul(x)
+        if not self.is_constant(x):
+            return self.matrix(form, x.dtype).matmul(x)
+        kept = self._kept(form, x)
+        return kept if isinstance(kept, Tensor) else self._once((form, True), x, self._product)
 
     def project(self, form: Form, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``M x Wᵀ + b``, where M is as in :meth:`propagate`.
 
         For a constant ``x``, ``M x`` is kept; where few of its entries are not zero (bags of
-        words), as a sparse matrix, whose product with W costs that many times less. Where ``M``
-        and ``x`` have fewer entries together than their product has, it is ``M (x Wᵀ)`` instead.
+        words; on the CPU), as a sparse matrix, whose product with W costs that many times less.
+        Where ``M``, if it is square, and ``x`` have fewer entries together than their product, it
+        is ``M (x Wᵀ)`` instead.
 
         Args:
             form: As in :meth:`propagate`.
@@ -453,19 +458,30 @@ class Adjacency:
 
     def _kept(self, form: Form, x: Tensor) -> Tensor | SparseMatrix | None:
         """``M x`` of a constant ``x``; None where products with it cost more than with both."""
-        kept: dict[Form, tuple[int, Tensor | SparseMatrix | None]] = self._constants[x]
-        if form not in kept or kept[form][0] != x._version:
-            kept[form] = (x._version, self._to_keep(form, x))
-        return kept[form][1]
+        return self._once((form, False), x, self._to_keep)
+
+    def _once(self, key: tuple[Form, bool], x: Tensor, make: Callable[[Form, Tensor], _T]) -> _T:
+        """What ``make`` gives for a form and ``x``, until ``x`` changes; the flag: always dense."""
+        kept: dict[tuple[Form, bool], tuple[int, _T]] = self._constants[x]
+        if key not in kept or kept[key][0] != x._version:
+            kept[key] = (x._version, make(key[0], x))
+        return kept[key][1]
+
+    def _product(self, form: Form, x: Tensor) -> Tensor:
+        return self._own(x) if form == "identity" else self.matrix(form, x.dtype).rows.product(x)
+
+    @property
+    def _sends_to_itself(self) -> bool:
+        """Whether sources and targets are the same nodes."""
+        return self.is_square
 
     def _to_keep(self, form: Form, x: Tensor) -> Tensor | SparseMatrix | None:
-        if form == "identity":
-            return sparse_if_worth_it(self._own(x))
-        rows = self.matrix(form, x.dtype).rows
-        dense = rows.product(x)
-        if self.is_square and rows.indices.numel() + product_work(x) < product_work(dense):
-            return None
-        return sparse_if_worth_it(dense)
+        product = self._product(form, x)
+        if form != "identity" and self._sends_to_itself:
+            entries = self.matrix(form, x.dtype).rows.indices.numel()
+            if entries + product_work(x) < product_work(product):
+                return None
+        return sparse_if_worth_it(product)
 
     def to(self, device: torch.device | str) -> Adjacency:
         """The same graph on ``device``; kept products stay behind."""

@@ -70,6 +70,8 @@ class TrainingSettings:
         clusters: Parts to cut the graph into; None trains on the whole graph.
         clusters_per_batch: Clusters of a batch.
         inductive: Whether to train on the subgraph of the training nodes alone.
+        num_subnets: What to train with these settings where no number of subnets is asked for, as
+            ``[share, m]`` of each phase; None leaves it to :class:`~gist.config.TrainConfig`.
     """
 
     model: str
@@ -85,6 +87,7 @@ class TrainingSettings:
     clusters: int | None = None
     clusters_per_batch: int = 1
     inductive: bool = False
+    num_subnets: list[list[float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +152,7 @@ class Card:
             Values by setting name.
         """
         settings = dict(vars(self.settings.defaults))
+        del settings["num_subnets"]  # what this is asked for is known
         listed = [m for m in self.settings.subnets if m <= num_subnets]
         return settings | (self.settings.subnets[max(listed)] if listed else {})
 
@@ -200,7 +204,11 @@ def read_card(path: Path) -> Card:
     _require(card.task in METRICS, f"{path.name}: task", card.task, " or ".join(METRICS))
     metrics = METRICS[card.task]
     _require(card.metric in metrics, f"{path.name}: metric", card.metric, " or ".join(metrics))
+    _check_phases(card.settings.defaults.num_subnets, f"{path.name}: settings.defaults.num_subnets")
     for m, changes in card.settings.subnets.items():
+        _require(
+            "num_subnets" not in changes, f"{path.name}: settings.subnets.{m}", changes, "no m"
+        )
         # a change is sound if the settings with it are
         changed = vars(card.settings.defaults) | changes
         _record(TrainingSettings, changed, f"{path.name}: settings.subnets.{m}")
@@ -227,7 +235,7 @@ def _record(cls: type[_Record], raw: Any, where: str) -> _Record:
 
 
 def _value(kind: Any, raw: Any, where: str) -> Any:
-    """``raw`` as a ``kind``: a dataclass, dict, optional or plain type."""
+    """``raw`` as a ``kind``: a dataclass, dict, list, optional or plain type."""
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         return _record(kind, raw, where)  # type: ignore[arg-type]
@@ -239,6 +247,9 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
             _value(inner[0], key, where): _value(inner[1], value, f"{where}.{key}")
             for key, value in raw.items()
         }
+    if origin is list:
+        _require(isinstance(raw, list), where, repr(raw), "a list")
+        return [_value(inner[0], value, f"{where}.{i}") for i, value in enumerate(raw)]
     if kind is Any:
         return raw
     plain = kind if isinstance(kind, type) else str  # a Literal of strings
@@ -246,6 +257,15 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
     fits = isinstance(raw, accepted) and (plain is bool or not isinstance(raw, bool))
     _require(fits, where, repr(raw), plain.__name__)
     return raw
+
+
+def _check_phases(phases: list[list[float]] | None, where: str) -> None:
+    for phase in phases or []:
+        fits = len(phase) == 2 and phase[0] > 0 and isinstance(phase[1], int) and phase[1] >= 1
+        _require(fits, where, phase, "[share of the budget, m]")
+    if phases is not None:
+        total = sum(share for share, _ in phases)
+        _require(abs(total - 1) < 1e-6, where, phases, "shares that sum to 1")
 
 
 def _require(ok: bool, what: str, got: Any, expected: Any) -> None:

@@ -73,6 +73,10 @@ class SampledLayer(Adjacency):
             raise self._refusal("needs the targets' own features")
         return x[: self.num_targets]
 
+    @property
+    def _sends_to_itself(self) -> bool:
+        return False  # as many sources as targets are other nodes, or in another order
+
     def _refusal(self, does: str) -> ConfigError:
         return ConfigError(
             f"layers were sampled for the form {self.form!r}, but the model {does}",

@@ -177,11 +177,7 @@ class OutlineGraph(Adjacency):
         return cls.of_size(*sizes, weighted=graph.is_weighted, device=graph.device)
 
     def _kept(self, form: Form, x: Tensor) -> Tensor | SparseMatrix:
-        kept: dict[Form, tuple[int, Tensor | SparseMatrix]] = self._constants[x]
-        if form not in kept:
-            own = form == "identity"
-            kept[form] = 0, self._own(x) if own else self.matrix(form, x.dtype).rows.product(x)
-        return kept[form][1]
+        return self._once((form, False), x, self._product)
 
 
 def outline_data(shape: GraphShape, device: torch.device) -> GraphData:

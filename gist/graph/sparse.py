@@ -275,9 +275,9 @@ class SparseMatrix:
 
 def sparse_if_worth_it(x: Tensor) -> Tensor | SparseMatrix:
     """``x`` as a sparse matrix where few of its entries are not zero; else itself."""
-    if product_work(x) == _dense_work(x):
-        return x
-    return SparseMatrix.from_scipy(sp.csr_matrix(x.numpy()))
+    if product_work(x) < _dense_work(x):
+        return SparseMatrix.from_scipy(sp.csr_matrix(x.numpy()))
+    return x
 
 
 def product_work(x: Tensor) -> float:

@@ -212,7 +212,7 @@ def test_settings_apply_from_their_number_of_subnets_on():
     changes = {2: {"lr": 0.02}, 8: {"local_steps": 5}}
     card = dataclasses.replace(card, settings=dataclasses.replace(card.settings, subnets=changes))
     plain = card.settings_for(1)
-    assert plain == dataclasses.asdict(card.settings.defaults)
+    assert plain | {"num_subnets": None} == dataclasses.asdict(card.settings.defaults)
     assert card.settings_for(2) == card.settings_for(7) == plain | {"lr": 0.02}
     assert card.settings_for(8) == card.settings_for(16) == plain | {"local_steps": 5}
 
@@ -247,6 +247,22 @@ def test_unknown_cards_list_the_known_ones():
         (
             "defaults: unknown key; got: width",
             lambda raw: raw["settings"]["defaults"].update(width=1),
+        ),
+        (
+            "defaults: num_subnets.0.1; got: '8'; expected: float",
+            lambda raw: raw["settings"]["defaults"].update(num_subnets=[[1, "8"]]),
+        ),
+        (
+            "defaults.num_subnets; got: .*; expected: .share of the budget, m.",
+            lambda raw: raw["settings"]["defaults"].update(num_subnets=[[1.0, 8.5]]),
+        ),
+        (
+            "defaults.num_subnets; got: .*; expected: shares that sum to 1",
+            lambda raw: raw["settings"]["defaults"].update(num_subnets=[[0.6, 8]]),
+        ),
+        (
+            "subnets.2; got: .*; expected: no m",
+            lambda raw: raw["settings"]["subnets"].update({2: {"num_subnets": [[1.0, 2]]}}),
         ),
         ("defaults: lr; got: '5e-4'", lambda raw: raw["settings"]["defaults"].update(lr="5e-4")),
         (
