@@ -211,13 +211,13 @@ def measure(parsed: Any, m: int, peak: float, stream: float) -> list[Row]:
 
 def main() -> None:
     """Prints the table."""
-    parser = options(__doc__)
+    parser = options(__doc__, repeats=1)
     parser.add_argument("--dataset", help="one with a card, instead of the wide model")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--subnets", type=int, default=8)
     parser.add_argument("--nodes", type=int, default=20_000)
-    parser.add_argument("--local-steps", type=int, default=20)
+    parser.add_argument("--local-steps", type=int, default=5)
     parser.add_argument("--top", type=int, default=8, help="operators to show")
     parsed = parser.parse_args()
     if parsed.quick:
