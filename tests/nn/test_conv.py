@@ -15,6 +15,7 @@ from torch import Tensor
 import gist.nn
 from gist import Adjacency
 from gist.errors import DataError
+from gist.graph.layer_sampling import SampledLayer
 from gist.graph.sparse import SparseMatrix
 
 Case = tuple[int, Tensor, Tensor | None, int]
@@ -237,6 +238,43 @@ def test_sparse_features_equal_dense_ones(make, edges, words, kind):
         strict=True,
     ):
         assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_factors_in_other_precisions(kind):
+    x = bags(words=400)
+    edges = torch.randint(40, (2, 300), generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(5, 400, generator=torch.Generator().manual_seed(2))
+    expected = Adjacency(edges, 40).project("gcn", x, weight)
+    if kind == torch.float64:
+        x, weight = x.double(), weight.double()
+    kept = remembered(edges, 40, x)
+    with torch.autocast("cpu", kind, enabled=kind == torch.bfloat16):
+        got = kept.project("gcn", x, weight)
+    assert kept._kept("gcn", x) is None, "factor by factor"
+    assert got.dtype == kind
+    error = (got.float() - expected).norm() / expected.norm()
+    assert error < (1e-5 if kind == torch.float64 else 2e-2)
+
+
+def test_where_factors_serve_a_product_that_is_asked_for_is_still_made_once():
+    x = bags(words=400)
+    edges = torch.randint(40, (2, 300), generator=torch.Generator().manual_seed(1))
+    kept = remembered(edges, 40, x)
+    assert kept._kept("sum", x) is None, "factor by factor"
+    assert kept.propagate("sum", x) is kept.propagate("sum", x)
+    assert torch.allclose(kept.propagate("sum", x), Adjacency(edges, 40).propagate("sum", x))
+
+
+def test_samples_of_a_layer_are_no_factors_even_where_they_are_square():
+    x = bags(words=400)
+    edges = torch.randint(40, (2, 300), generator=torch.Generator().manual_seed(1))
+    whole = Adjacency(edges, 40).matrix("gcn").rows
+    sample = SampledLayer(whole, "gcn", targets_first=False)
+    sample.remember(x)
+    weight = torch.randn(5, 400, generator=torch.Generator().manual_seed(2))
+    expected = Adjacency(edges, 40).project("gcn", x, weight)
+    assert torch.allclose(sample.project("gcn", x, weight), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("x", [bags(), torch.randn(40, 60)], ids=["sparse", "dense"])
