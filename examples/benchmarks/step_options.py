@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--local-steps", type=int, default=5)
     parsed = parser.parse_args()
     if parsed.quick:
-        parsed.widths, parsed.nodes, parsed.repeats = [128], 4000, 1
+        parsed.widths, parsed.subnets, parsed.nodes, parsed.repeats = [128], [8], 4000, 1
     start(parsed)
     data = load_dataset("csbm", num_nodes=parsed.nodes, num_features=100, num_classes=47)
     found: dict[tuple[int, int, str, bool], list[Row]] = {}

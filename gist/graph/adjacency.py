@@ -457,11 +457,11 @@ class Adjacency:
         return x if self.is_square else x[: self.num_targets]
 
     def _kept(self, form: Form, x: Tensor) -> Tensor | SparseMatrix | None:
-        """``M x`` of a constant ``x``; None where products with it cost more than with both."""
+        """``M x`` of a constant ``x``; None where it is less work with ``x``, then ``M``."""
         return self._once((form, False), x, self._to_keep)
 
     def _once(self, key: tuple[Form, bool], x: Tensor, make: Callable[[Form, Tensor], _T]) -> _T:
-        """What ``make`` gives for a form and ``x``, until ``x`` changes; the flag: always dense."""
+        """What ``make`` gives for a form and ``x``, until ``x`` changes; its key: (form, dense)."""
         kept: dict[tuple[Form, bool], tuple[int, _T]] = self._constants[x]
         if key not in kept or kept[key][0] != x._version:
             kept[key] = (x._version, make(key[0], x))
