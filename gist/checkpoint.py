@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from gist.errors import CheckpointError
+from gist.execution.comm import Comm
 
 FORMAT = 1
 _KEEP = 2
+_UNFINISHED = ".writing-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +32,10 @@ class Checkpoint:
     folder: Path
     state: dict[str, Any]
 
-    def file(self, name: str) -> Path | None:
-        """The safetensors file of a set of tensors, such as ``model``; None where there is none."""
-        path = self.folder / f"{name}.safetensors"
-        return path if path.exists() else None
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """A set of tensors, in memory; empty where there is none."""
-        path = self.file(name)
-        return {} if path is None else load_file(path)
+    def files(self, name: str) -> list[Path]:
+        """The safetensors files of a set of tensors, such as ``model``: one, or one of each rank."""
+        whole = self.folder / f"{name}.safetensors"
+        return [whole] if whole.exists() else sorted(self.folder.glob(f"{name}-*-of-*.safetensors"))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -67,47 +61,84 @@ def save_checkpoint(
     files: Mapping[str, Callable[[Path], object]],
     state: Mapping[str, Any],
     nbytes: int = 0,
+    comm: Comm | None = None,
 ) -> Path:
     """Writes ``folder/round-NNNNNN``; the two newest are kept.
 
     The directory gets its name only when every file in it is complete, and a manifest holds each
-    file's size and SHA-256, so that a write cut short is never taken for a checkpoint.
+    file's size and SHA-256, so that a write cut short is never taken for a checkpoint. Of several
+    ranks each writes files of its own, into one directory that all of them see.
 
     Args:
         folder: Where the checkpoints are.
         round: Rounds done.
         files: For each set of tensors, what writes its safetensors file to a path.
         state: JSON values.
-        nbytes: What the files take on the disk, where that may be more than there is room for; the
-            older of two checkpoints then makes room first.
+        nbytes: What the files of all ranks take on the disk, where that may be more than there is
+            room for; the older of two checkpoints then makes room first.
+        comm: The ranks; all of them take part.
 
     Raises:
-        CheckpointError: there is no room; nothing was written.
+        CheckpointError: there is no room, or a rank cannot write; nothing was written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    comm = comm or Comm()
     target = folder / f"round-{round:06d}"
-    _make_room(folder, nbytes)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+
+    def prepare() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_room(folder, nbytes)
+        return tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED)
+
+    temporary = Path(comm.on_main(prepare))
     try:
-        for name, write in files.items():
-            write(temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
-        manifest = {
-            "format": FORMAT,
-            "files": {file.name: _identify(file) for file in sorted(temporary.iterdir())},
-        }
-        write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        written, failed = {}, None
+        try:
+            for name, write in files.items():
+                file = temporary / f"{name}{_suffix(comm)}.safetensors"
+                write(file)
+                written[file.name] = _identify(file)
+        except Exception as error:
+            if comm.size == 1:
+                raise
+            failed = f"rank {comm.rank}: {type(error).__name__}: {error}"
+        parts = comm.gather_values([written, failed])
+        if failures := [failure for _, failure in parts if failure]:
+            raise CheckpointError(
+                "a rank could not write its part of a checkpoint",
+                got="; ".join(failures),
+                remedy="out must be one folder that all workers can write to",
+            )
+
+        def complete() -> None:
+            (temporary / "state.json").write_text(json.dumps(state))
+            identities = {name: each for part, _ in parts for name, each in part.items()}
+            identities["state.json"] = _identify(temporary / "state.json")
+            if lost := [name for name in identities if not (temporary / name).exists()]:
+                raise CheckpointError(
+                    "parts of a checkpoint are not where rank 0 looks for them",
+                    got=f"no {lost[0]} in {temporary}",
+                    remedy="out must be one folder that all workers see",
+                )
+            manifest = {"format": FORMAT, "files": identities}
+            write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            _drop_all_but(_KEEP - 1, [path for path in _checkpoints(folder) if path != target])
+
+        comm.on_main(complete)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _drop_all_but(_KEEP - 1, [path for path in _checkpoints(folder) if path != target])
+        if comm.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
+def _suffix(comm: Comm) -> str:
+    return f"-{comm.rank + 1:05d}-of-{comm.size:05d}" if comm.is_distributed else ""
+
+
 def _make_room(folder: Path, nbytes: int) -> None:
-    for unfinished in folder.glob(".writing-*"):  # of a run that was killed
+    for unfinished in folder.glob(f"{_UNFINISHED}*"):  # of a run that was killed
         shutil.rmtree(unfinished)
     for keep in (_KEEP, _KEEP - 1):
         _drop_all_but(keep, _checkpoints(folder))
@@ -169,9 +200,14 @@ def _read(folder: Path) -> Checkpoint:
                     f"{folder / name} is damaged: its size or checksum is not the one written",
                     remedy="use an earlier checkpoint",
                 )
-        return Checkpoint(folder=folder, state=json.loads((folder / "state.json").read_text()))
+        return open_checkpoint(folder)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder} is damaged", got=str(error)) from error
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that is known to be sound."""
+    return Checkpoint(folder=folder, state=json.loads((folder / "state.json").read_text()))
 
 
 def _identify(file: Path) -> list[Any]:

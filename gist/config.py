@@ -25,7 +25,8 @@ SubnetSchedule = Sequence[tuple[float, int]]
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("step", "cosine", "constant")
 OPTIMIZER_STATES = ("reset", "carry")
-EXECUTORS = ("auto", "serial", "stacked")
+EXECUTORS = ("auto", "serial", "stacked", "distributed")
+BACKENDS = ("nccl", "gloo")
 EVALUATIONS = ("auto", "full", "layerwise", "clusters")
 STORES = ("memory", "disk")
 PRECISIONS = ("full", "bfloat16")
@@ -56,10 +57,14 @@ class TrainConfig:
         width_correction: Scale sums over narrowed inputs up to the whole width; None does so where
             no normalisation takes care of it (:func:`~gist.partition.subnet.corrected_paths`).
         executor: Where subnets run: ``"serial"`` one after the other, ``"stacked"`` as one grouped
-            model, ``"auto"`` whichever measures faster here (by rule where ``deterministic``).
+            model, ``"auto"`` whichever measures faster here (by rule where ``deterministic``). Under
+            torchrun each says so of the subnets of one worker; ``"distributed"`` is as
+            ``"serial"``, and refuses to run without workers.
         shared_batches: Whether all subnets of a round see the same batches, or each its own. None
             lets serial subnets see their own (the papers), stacked and auto ones the same.
-        memory_limit: Bytes the run may take, or text such as ``"8GiB"``; None for what is free.
+        backend: What workers talk through: ``"nccl"`` or ``"gloo"``; None for NCCL between GPUs.
+        worker_timeout: Seconds that a worker waits for the others in one exchange.
+        memory_limit: Bytes each worker may take, or text such as ``"8GiB"``; None for what is free.
         store: Where the global parameters live: in ``"memory"``, or memory-mapped on ``"disk"``
             below ``out``.
         keep_best: Keep the model of the best validation round, and hand it back at the end; False
@@ -97,6 +102,8 @@ class TrainConfig:
     width_correction: bool | None = None
     executor: str = "auto"
     shared_batches: bool | None = None
+    backend: str | None = None
+    worker_timeout: float = 1800.0
     memory_limit: int | str | None = None
     store: str = "memory"
     keep_best: bool = True
@@ -121,9 +128,9 @@ class TrainConfig:
         for name in ("rounds", "early_stopping", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _require_count(name, getattr(self, name))
-        for name in ("lr", "clip_norm", "epochs"):
-            value = getattr(self, name)
-            if (value is not None or name == "lr") and not (_is_number(value) and value > 0):
+        for name in ("lr", "worker_timeout", "clip_norm", "epochs"):
+            value, required = getattr(self, name), name in ("lr", "worker_timeout")
+            if (value is not None or required) and not (_is_number(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive number", got=repr(value))
         if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError("weight_decay must be 0 or more", got=repr(self.weight_decay))
@@ -138,6 +145,8 @@ class TrainConfig:
         _require_choice("optimizer_state", self.optimizer_state, OPTIMIZER_STATES)
         _require_choice("executor", self.executor, EXECUTORS)
         _require_choice("store", self.store, STORES)
+        if self.backend is not None:
+            _require_choice("backend", self.backend, BACKENDS)
         _require_choice("precision", self.precision, PRECISIONS)
         if self.memory_limit is not None:
             object.__setattr__(self, "memory_limit", parse_bytes("memory_limit", self.memory_limit))

@@ -49,5 +49,9 @@ class DivergedError(GistError, ArithmeticError):
     """The loss of a subnet became NaN or infinite."""
 
 
+class WorkerLostError(GistError, RuntimeError):
+    """Another process of a distributed run died, or does not answer."""
+
+
 class MissingDependencyError(GistError, ImportError):
     """An optional package is needed and not installed."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gist import checkpoint
-from gist.batchnorm import recalibrate_batchnorm
+from gist.batchnorm import recalibrate_batchnorm, tracks_statistics
 from gist.checkpoint import write_atomically
 from gist.config import GraphConfig, TrainConfig, split_settings
 from gist.costs.room import Room, find_room
@@ -24,8 +24,10 @@ from gist.errors import CheckpointError, ConfigError, PartitionError
 from gist.execution.allocator import gives_back_freed_memory, keeps_freed_memory
 from gist.execution.auto import AutoExecutor
 from gist.execution.local import make_optimizer
-from gist.execution.make import make_executor
-from gist.execution.mapped import MODEL_FILE, make_store
+from gist.execution.comm import join
+from gist.execution.distributed import ShardedStore
+from gist.execution.make import make_executor, make_store
+from gist.execution.mapped import MODEL_FILE
 from gist.execution.memory import PeakMemory, free_memory, memory_in_use
 from gist.execution.objective import Objective
 from gist.execution.tensorfile import FileLayout, write_tensors
@@ -43,9 +45,19 @@ from gist.partition.transfer import held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import RoundPlan, plan_rounds
 from gist.progress import RoundProgress
+from gist.termination import Termination, restarts
 from gist.verify import small_model, verify_grouping, verify_wiring
 
-_FREE_ON_RESUME = ("out", "callbacks", "progress", "checkpoint_every", "early_stopping", "store")
+_FREE_ON_RESUME = (
+    "out",
+    "callbacks",
+    "progress",
+    "checkpoint_every",
+    "early_stopping",
+    "store",
+    "backend",
+    "worker_timeout",
+)
 
 
 class SubnetTrainer:
@@ -55,9 +67,14 @@ class SubnetTrainer:
     its subnets compute what the masked whole model computes, it fits the data, and no phase has
     more subnets than the smallest group has units.
 
+    Started by torchrun, the processes train together: each runs its share of the subnets, and keeps
+    its share of the model (:class:`~gist.execution.distributed.ShardedStore`). Every method is then
+    to be called by all of them.
+
     Args:
-        model: The global model; trained in place, on the device it is on. For a store on disk it
-            may be on the ``meta`` device: it is then initialised in its file.
+        model: The global model; trained in place, on the device it is on. For a store on disk, or
+            under torchrun, it may be on the ``meta`` device: it is then initialised there. Under
+            torchrun a model in memory starts from rank 0's values.
         objective: The data side.
         wiring: For a model whose wiring is not known; see
             :func:`~gist.partition.wiring.partition_spec`.
@@ -66,7 +83,8 @@ class SubnetTrainer:
 
     Attributes:
         model: The global model; after :meth:`fit`, in its best validation round, or in the last
-            with ``keep_best=False``.
+            with ``keep_best=False``. Under torchrun it has no values: see :meth:`gather_model`.
+        comm: The workers; this process alone where it was not started by torchrun.
         store: Where its tensors live.
         spec: Its partition spec.
         rounds: The plan of every round.
@@ -95,6 +113,10 @@ class SubnetTrainer:
             raise ConfigError("give either config or settings", got=sorted(settings))
         self.config = config or TrainConfig.from_settings(settings)
         self.device = _device_of(model)
+        self.comm = join(
+            self.device, backend=self.config.backend, timeout=self.config.worker_timeout
+        )
+        self._check_workers()
         self.model, self.objective = model, objective
         self.spec: PartitionSpec = partition_spec(model, wiring)
         self._check_subnets()
@@ -109,7 +131,8 @@ class SubnetTrainer:
         make_optimizer(self.config, small.parameters())  # refuses one that cannot be made
         if self.config.out is not None:
             _make_folder(Path(self.config.out))
-        self.store = make_store(model, self.spec, self.config)
+        self._check_alike()
+        self.store = make_store(model, self.spec, self.config, self.comm, self.device)
         self.most_stacked = None if self.room is None else self.room.most
         self._make_executor = partial(
             make_executor,
@@ -118,6 +141,7 @@ class SubnetTrainer:
             objective,
             self.config,
             store=self.store,
+            comm=self.comm,
             check_grouping=lambda: verify_grouping(
                 model,
                 objective.sample_inputs,
@@ -135,9 +159,13 @@ class SubnetTrainer:
     def fit(self, resume: str | Path | None = None) -> TrainResult:
         """Trains for the whole budget (GIST, Algorithm 1).
 
+        Where torchrun has restarted the workers (``--max-restarts``), the run goes on from its own
+        last checkpoint. At SIGTERM a run with ``out`` finishes its round, writes a checkpoint, and
+        exits with status 143.
+
         Args:
             resume: A run's directory or a checkpoint of it: goes on from there, with the same bits
-                as if it had never stopped.
+                as if it had never stopped, on any number of workers.
 
         Returns:
             History, best round, metrics and costs; ``self.model`` holds the best round, or the last
@@ -147,7 +175,10 @@ class SubnetTrainer:
             ConfigError: it has run before.
             DivergedError: the loss is no longer finite.
             CheckpointError: ``resume`` is missing, damaged, or of another run.
+            WorkerLostError: another worker died.
         """
+        if restarts() and self._has_checkpoints():
+            resume = self.config.out
         if resume is not None:
             self.load_checkpoint(resume)
         elif self.result is not None:
@@ -160,18 +191,24 @@ class SubnetTrainer:
             self._refuse_foreign_checkpoints()
         memory = PeakMemory(self.device)
         pending = self.rounds[len(self.history) :]
+        shown = self.config.progress if self.comm.is_main else False
         with (
             self._room_kept(),
             self._as_found(),
-            RoundProgress(len(self.rounds), len(self.history), self.config.progress) as progress,
+            Termination(watch=self.config.out is not None) as termination,
+            RoundProgress(len(self.rounds), len(self.history), shown) as progress,
         ):
             for plan in pending:
                 if self._is_stale():
                     break
                 record = self._run_round(plan)
                 progress.update(record, len(self.history))
-                stop = [callback(self, record) for callback in self.config.callbacks]
-                if any(stop):
+                stop = any([callback(self, record) for callback in self.config.callbacks])
+                wishes = self.comm.gather_values([stop, termination.asked])
+                if any(asked for _, asked in wishes):
+                    self.save_checkpoint()
+                    raise SystemExit(termination.status)
+                if any(stop for stop, _ in wishes):
                     break
             if self.history[-1].val_metric is None:  # stopped between two evaluations
                 self._evaluate_round(self.rounds[self.history[-1].round])
@@ -231,7 +268,7 @@ class SubnetTrainer:
         if split not in ("train", "val", "test"):
             raise ConfigError("unknown split", got=repr(split), expected="'train', 'val' or 'test'")
         with self._as_found():
-            metrics = self.objective.evaluate(self.model.eval())
+            metrics = self._metrics()
         if f"{split}_metric" not in metrics:
             raise ConfigError(f"the labels of the {split} split do not define {self.metric}")
         return {self.metric: metrics[f"{split}_metric"]}
@@ -245,15 +282,7 @@ class SubnetTrainer:
         """Adds the merged model's metrics to the last record, and keeps the model if it is best."""
         start = time.perf_counter()
         wanted = self.config.recalibrate_bn
-        if plan.num_subnets > 1 if wanted is None else wanted:
-            batches = self.objective.batches(
-                seed=self.config.seed,
-                round=plan.index,
-                subnet=0,
-                steps=self.objective.steps_per_epoch,
-            )
-            recalibrate_batchnorm(self.model, self.objective, batches)
-        metrics = self.objective.evaluate(self.model.eval())
+        metrics = self._metrics(plan if (plan.num_subnets > 1 if wanted is None else wanted) else None)
         seconds = self.history[-1].eval_seconds + time.perf_counter() - start
         record = replace(self.history[-1], eval_seconds=seconds, **metrics)  # type: ignore[arg-type]
         self.history[-1] = record
@@ -261,6 +290,73 @@ class SubnetTrainer:
             self.best = record
             if self.config.keep_best:
                 self.store.keep()
+
+    def _metrics(self, recalibrate: RoundPlan | None = None) -> dict[str, float]:
+        """Metrics of the model as it is now, its BatchNorm re-estimated first where asked for."""
+
+        def measure(model: nn.Module) -> dict[str, float]:
+            if recalibrate is not None:
+                batches = self.objective.batches(
+                    seed=self.config.seed,
+                    round=recalibrate.index,
+                    subnet=0,
+                    steps=self.objective.steps_per_epoch,
+                )
+                recalibrate_batchnorm(model, self.objective, batches)
+            return self.objective.evaluate(model.eval())
+
+        if not isinstance(self.store, ShardedStore):
+            return measure(self.model)
+        model = self.store.assembled()
+        metrics: dict[str, float] = self.comm.on_main(lambda: measure(model))  # type: ignore[arg-type]
+        if recalibrate is not None and tracks_statistics(self.model):
+            self.store.take(model, [name for name, _ in self.model.named_buffers()])
+        return metrics
+
+    def gather_model(self) -> nn.Module | None:
+        """The whole model as it is now: under torchrun a new one on rank 0, and None elsewhere.
+
+        Nothing else in a distributed run needs memory for all of it.
+        """
+        if not isinstance(self.store, ShardedStore):
+            return self.model
+        model = self.store.assembled()
+        return None if model is None else model.eval()
+
+    def _check_workers(self) -> None:
+        most = max(m for _, m in self.config.phases)
+        if self.config.executor == "distributed" and not self.comm.is_distributed:
+            raise ConfigError(
+                "executor='distributed' needs workers",
+                got="one process that no launcher started",
+                remedy="start the script with torchrun --nproc-per-node W, or gist train with "
+                "--workers W",
+            )
+        if most < self.comm.size:
+            raise ConfigError(
+                "more workers than subnets: some would have nothing to do",
+                got=f"{self.comm.size} workers, num_subnets={most}",
+                expected=f"at most {most} workers",
+                remedy="raise num_subnets, or start fewer workers",
+            )
+
+    def _check_alike(self) -> None:
+        """Refuses workers that were started on different runs."""
+        own = json.loads(json.dumps(self.describe()))
+        own["settings"] = {k: v for k, v in own["settings"].items() if k not in _FREE_ON_RESUME}
+        first = self.comm.from_main(own)
+        differ = sorted(
+            key for key in {**own, **own["settings"]}
+            if {**own, **own["settings"]}[key] != {**first, **first["settings"]}.get(key)
+        )
+        odd = [rank for rank, each in enumerate(self.comm.gather_values(differ)) if each]
+        if odd:
+            raise ConfigError(
+                "the workers were started on different runs",
+                got=f"rank {odd[0]} differs from rank 0"
+                + (f" in {', '.join(differ)}" if differ else ""),
+                remedy="give all of them the same model, data and settings",
+            )
 
     def _find_room(self) -> Room | None:
         """What the run takes in memory, and what it may take; None where that is not known."""
@@ -282,7 +378,7 @@ class SubnetTrainer:
         return self.objective.loss(model, batch)
 
     def _say(self, text: str) -> None:
-        if self.config.progress is not False:
+        if self.config.progress is not False and self.comm.is_main:
             print(f"gist: {text}", file=sys.stderr)
 
     def _is_stale(self) -> bool:
@@ -338,6 +434,8 @@ class SubnetTrainer:
         """
         folder = Path(folder)
         self.store.write(folder / MODEL_FILE)
+        if not self.comm.is_main:
+            return
         picked = {"executor": self.executor.name, "executor_choices": self.executor_choices}
         write_atomically(folder / "config.json", json.dumps(self.describe() | picked, indent=1))
         write_history(folder / "history.jsonl", self.history)
@@ -353,7 +451,7 @@ class SubnetTrainer:
         Raises:
             CheckpointError: there is no model in it, or one of other tensors.
         """
-        self.store.read(Path(folder) / MODEL_FILE)
+        self.store.read([Path(folder) / MODEL_FILE])
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON values: model, groups, settings."""
@@ -383,7 +481,7 @@ class SubnetTrainer:
         """
         if self.config.out is None:
             raise ConfigError("a checkpoint needs a directory", remedy="give out='runs/name'")
-        files = {"model": self.store.write}
+        files = {"model": self.store.write_part}
         if self.store.has_kept:
             files["best"] = self.store.write_kept
         state = self.executor.state_dict()
@@ -403,7 +501,8 @@ class SubnetTrainer:
             files=files,
             state=values,
             nbytes=FileLayout.of(model_tensors(self.model)).nbytes * (1 + self.store.has_kept)
-            + sum(tensor.nbytes for tensor in state.values()),
+            + sum(tensor.nbytes for tensor in state.values()) * self.comm.size,
+            comm=self.comm,
         )
 
     def _more_choices(self) -> dict[str, Any]:
@@ -419,11 +518,14 @@ class SubnetTrainer:
         Raises:
             CheckpointError: it is missing, damaged, or of another run; names what differs.
         """
-        found = checkpoint.load_checkpoint(Path(path))
+        sound = self.comm.on_main(lambda: str(checkpoint.load_checkpoint(Path(path)).folder))
+        found = checkpoint.open_checkpoint(Path(sound))
         theirs, ours = found.state["run"], json.loads(json.dumps(self.describe()))
         for run in (theirs, ours):
             run["settings"] = {
-                key: value for key, value in run["settings"].items() if key not in _FREE_ON_RESUME
+                key: "serial" if key == "executor" and value == "distributed" else value
+                for key, value in run["settings"].items()
+                if key not in _FREE_ON_RESUME
             }
         flat_theirs, flat_ours = {**theirs, **theirs["settings"]}, {**ours, **ours["settings"]}
         differ = [k for k in flat_ours if k != "settings" and flat_ours[k] != flat_theirs.get(k)]
@@ -434,14 +536,13 @@ class SubnetTrainer:
                 expected=", ".join(f"{key}={flat_theirs.get(key)!r}" for key in differ[:3]),
                 remedy="resume with the settings, model and data it was made with",
             )
-        model, kept = found.file("model"), found.file("best")
-        if model is None:
+        if not found.files("model"):
             raise CheckpointError(f"{found.folder} holds no model")
-        self.store.read(model)
-        if kept is not None:
-            self.store.read_kept(kept)
+        self.store.read(found.files("model"))
+        if found.files("best"):
+            self.store.read_kept(found.files("best"))
         self._restore_most(found.state.get("most_stacked"))
-        self.executor.load_state_dict(found.tensors("executor"))
+        self.executor.read_state(found.files("executor"))
         if isinstance(self.executor, AutoExecutor):
             self.executor.restore_choices(found.state["executor_choices"])
         self._restore_more(found.state)
@@ -468,15 +569,22 @@ class SubnetTrainer:
         self.executor = self._make_executor(most=most)
 
     def _refuse_foreign_checkpoints(self) -> None:
-        if self.config.checkpoint_every is None or self.config.out is None:
+        if self.config.checkpoint_every is None:
             return
-        folder = Path(self.config.out) / "checkpoints"
-        if any(folder.glob("round-*")):
+        if self._has_checkpoints():
             raise ConfigError(
                 "the directory holds checkpoints of an earlier run",
-                got=folder,
+                got=self.config.out,
                 remedy="go on from them with resume=..., give another out, or delete them",
             )
+
+    def _has_checkpoints(self) -> bool:
+        """Whether there are any in ``out``; as rank 0 sees it."""
+        if self.config.out is None:
+            return False
+        folder = Path(self.config.out) / "checkpoints"
+        found: bool = self.comm.on_main(lambda: any(folder.glob("round-*")))
+        return found
 
     @contextmanager
     def _as_found(self) -> Iterator[None]:
@@ -539,8 +647,9 @@ class GISTTrainer(SubnetTrainer):
             evaluation=_evaluation(self.graph_config, config, model),
         )
         super().__init__(model, objective, wiring=wiring, config=config, **training)
-        with self._as_found():
-            objective.choose_inference(self.model, self._inference_limit())
+        if not self.comm.is_distributed:  # else it is chosen when there is a model
+            with self._as_found():
+                objective.choose_inference(self.model, self._inference_limit())
 
     @property
     def metric(self) -> str:
@@ -563,7 +672,15 @@ class GISTTrainer(SubnetTrainer):
         """Scores of every node by the model as it is now: ``[N, num_classes]``."""
         assert isinstance(self.objective, GraphObjective)
         with self._as_found():
-            return self.objective.predict(self.model.eval())
+            if not isinstance(self.store, ShardedStore):
+                return self.objective.predict(self.model.eval())
+            model, scores = self.store.assembled(), torch.empty(0)
+            if model is not None:
+                scores = self.objective.predict(model.eval())
+            shape = self.comm.from_main(list(scores.shape))
+            counts = [scores.numel()] + [0] * (self.comm.size - 1)
+            counts[0] = shape[0] * shape[1]
+            return self.comm.gather(scores.reshape(-1), counts)[0].view(shape)
 
     def _more_choices(self) -> dict[str, Any]:
         assert isinstance(self.objective, GraphObjective)

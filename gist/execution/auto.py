@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,8 @@ class AutoExecutor:
 
     The first time that a number of subnets comes up, every candidate takes a few steps whose
     outcome is thrown away; the fastest is kept for the rest of the run, and recorded, so that a
-    resumed run picks the same without measuring. A single subnet needs no choice.
+    resumed run picks the same without measuring. A single subnet needs no choice. Of several ranks,
+    the slowest one's time counts, and all pick the same.
 
     Args:
         candidates: The executors, the reference first; they share the model and its store.
@@ -62,6 +64,8 @@ class AutoExecutor:
                 name: executor.trial_seconds(plan, assignment)
                 for name, executor in self._candidates.items()
             }
+            everyones = self._reference.comm.gather_values(seconds)
+            seconds = {name: max(each[name] for each in everyones) for name in seconds}
             picked = min(seconds, key=lambda name: seconds[name])
         for name, executor in self._candidates.items():
             if name != picked:
@@ -75,9 +79,9 @@ class AutoExecutor:
         """The carried optimiser state, which all candidates share."""
         return self._reference.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def read_state(self, paths: Sequence[Path]) -> None:
         """Takes what :meth:`state_dict` gave."""
-        self._reference.load_state_dict(state)
+        self._reference.read_state(paths)
 
     def restore_choices(self, choices: Mapping[str, Any]) -> None:
         """Takes over what an earlier part of the run picked.

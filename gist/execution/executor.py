@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -20,8 +21,8 @@ class RoundReport:
         train_loss: Mean over subnets of their mean loss.
         repartition_seconds: Extracting and merging; where these go on beside the training, only
             what it waited for them.
-        bytes_sent: Between processes.
-        bytes_received: Between processes.
+        bytes_sent: By this process to others.
+        bytes_received: By this process from others.
     """
 
     train_loss: float
@@ -41,7 +42,7 @@ class Executor(Protocol):
         """Extracts, trains and merges every subnet of one round."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the executor keeps between rounds besides the model, for a checkpoint."""
+        """What the executor keeps in this process besides the model, for a checkpoint."""
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes what :meth:`state_dict` gave."""
+    def read_state(self, paths: Sequence[Path]) -> None:
+        """Takes what :meth:`state_dict` gave, of one rank or several, from files."""

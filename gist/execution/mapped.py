@@ -16,15 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gist.config import TrainConfig
 from gist.errors import ConfigError
 from gist.execution.initialise import has_no_memory, initialise, place_model
 from gist.execution.mapped_file import Job, MappedFile
-from gist.execution.store import MemoryStore, Store
+from gist.execution.partfiles import read_whole
 from gist.execution.tensorfile import (
     FileLayout,
     copy_file,
-    read_tensors,
     replace_file,
     write_tensors,
 )
@@ -38,28 +36,6 @@ RESIDENT_BYTES = 2**30
 """About so much of the file stays in this process's memory while the model itself is read."""
 
 _LOOK_EVERY_SECONDS = 0.05
-
-
-def make_store(model: nn.Module, spec: PartitionSpec, config: TrainConfig) -> Store:
-    """The store that ``config.store`` asks for.
-
-    Raises:
-        ConfigError: a model on the ``meta`` device for a store in memory; and see
-            :class:`MappedStore`.
-    """
-    if config.store == "disk":
-        assert config.out is not None, "checked by TrainConfig"
-        copies = disk_copies(
-            keep_best=config.keep_best, checkpoints=config.checkpoint_every is not None
-        )
-        return MappedStore(model, spec, Path(config.out), seed=config.seed, copies=copies)
-    if has_no_memory(model):
-        raise ConfigError(
-            "a model on the meta device has no values",
-            got=type(model).__name__,
-            remedy="use store='disk' with out=..., or build the model in memory",
-        )
-    return MemoryStore(model, spec)
 
 
 def disk_copies(*, keep_best: bool, checkpoints: bool) -> int:
@@ -124,6 +100,11 @@ class MappedStore:
         except BaseException:
             self._claim.release()
             raise
+
+    @property
+    def device(self) -> torch.device:
+        """See :attr:`Store.device`."""
+        return torch.device("cpu")
 
     @property
     def has_kept(self) -> bool:
@@ -196,17 +177,25 @@ class MappedStore:
         """See :meth:`Store.write_kept`; no second copy, where the file system can link."""
         _link_or_copy(self._best, path)
 
-    def read(self, path: Path) -> None:
+    def write_part(self, path: Path) -> None:
+        """See :meth:`Store.write_part`."""
+        self.write(path)
+
+    def read(self, paths: Sequence[Path]) -> None:
         """See :meth:`Store.read`."""
         self._go_on()
         with self.reading():
-            read_tensors(path, self.file.tensors)
+            read_whole(paths, self.file.tensors, self.spec)
 
-    def read_kept(self, path: Path) -> None:
+    def read_kept(self, paths: Sequence[Path]) -> None:
         """See :meth:`Store.read_kept`."""
         self._go_on()
         self._best.unlink(missing_ok=True)
-        _link_or_copy(path, self._best)
+        if len(paths) == 1:
+            _link_or_copy(paths[0], self._best)
+            return
+        kept = MappedFile.create(self._best, self.layout)
+        read_whole(paths, kept.tensors, self.spec)
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         with _pool() as pool:

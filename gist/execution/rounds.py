@@ -1,13 +1,14 @@
-"""One round on one device: load subnets, train them, save them."""
+"""One round on one device: load this rank's subnets, train them, save them."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 
 from gist.config import TrainConfig
 from gist.errors import DivergedError
+from gist.execution.comm import Comm
+from gist.execution.distributed import ShardedState
 from gist.execution.executor import RoundReport
 from gist.execution.lane import Lane
 from gist.execution.local import train_locally
 from gist.execution.objective import Objective
+from gist.execution.partfiles import read_rows, read_whole, tensor_names
 from gist.execution.program import Program
 from gist.execution.store import MemoryStore, RoundTransfer, Store
 from gist.partition.assignment import Assignment
@@ -32,10 +36,10 @@ _KEPT_PROGRAMS = 16
 
 
 class RoundExecutor(ABC):
-    """Runs the subnets of a round on the model's own device; subclasses say how many at once.
+    """Runs the subnets of a round on one device; subclasses say how many at once.
 
     Subnets of equal shape share one program, whose tensors are refilled in place: no model and no
-    optimiser is rebuilt between rounds.
+    optimiser is rebuilt between rounds. Of several ranks, each runs every ``W``-th subnet.
 
     Args:
         model: The global model.
@@ -43,6 +47,7 @@ class RoundExecutor(ABC):
         objective: Batches and loss.
         config: Run settings.
         store: Where the global parameters live; the model itself by default.
+        comm: The ranks that the subnets are spread over; this process alone by default.
     """
 
     name: str
@@ -54,39 +59,53 @@ class RoundExecutor(ABC):
         objective: Objective,
         config: TrainConfig,
         store: Store | None = None,
+        comm: Comm | None = None,
     ) -> None:
         self.model, self.spec, self.objective, self.config = model, spec, objective, config
         self.store = store or MemoryStore(model, spec)
         self.tensors = model_tensors(model)
-        self.device = next(model.parameters()).device
+        self.device = self.store.device
+        self.comm = comm or Comm()
         self.carried: CarriedState | None = None
         if config.optimizer_state == "carry":
-            self.carried = CarriedState(spec, dict(model.named_parameters()))
+            parameters = dict(model.named_parameters())
+            if self.comm.is_distributed:
+                self.carried = ShardedState(spec, parameters, self.device, self.comm)
+            else:
+                self.carried = CarriedState(spec, parameters, self.device)
         self._programs: dict[Hashable, Program] = {}
 
     @abstractmethod
     def chunks(self, assignment: Assignment) -> list[range]:
-        """The subnets of a round, in order, those that are trained at once together."""
+        """This rank's subnets of a round, in order, those that are trained at once together."""
 
     @abstractmethod
     def build(self, assignment: Assignment, subnets: range) -> Program:
         """The program that trains these subnets, its tensors not yet filled."""
 
+    def own(self, assignment: Assignment) -> range:
+        """The subnets of a round that this rank trains."""
+        return range(self.comm.rank, assignment.num_subnets, self.comm.size)
+
     def run_round(self, plan: RoundPlan, assignment: Assignment) -> RoundReport:
-        """Loads, trains and saves every subnet of one round.
+        """Loads, trains and saves every subnet of one round; all ranks take part.
 
         Raises:
             DivergedError: a subnet's loss is not finite; names the round and the subnet.
+            WorkerLostError: another rank died.
         """
         losses: list[Tensor] = []
         states: list[State] = []
+        sent, received = self.comm.sent, self.comm.received
         waited, start = 0.0, time.perf_counter()
+        if self.carried is not None:
+            self.carried.open(assignment)
         with (
             self.store.open(assignment) as transfer,
             Lane(beside=self.store.overlaps and len(self.chunks(assignment)) > 1) as lane,
         ):
             for subnets, program in self._loaded(transfer, lane, assignment):
-                self._restart(program, assignment, subnets)
+                self._restart(program, subnets)
                 waited += time.perf_counter() - start
                 losses.append(self._train(program, plan, subnets))
                 start = time.perf_counter()
@@ -94,13 +113,36 @@ class RoundExecutor(ABC):
                     lane.submit(transfer.save, part)
                 if self.carried is not None:
                     states += [program.state(place) for place in range(len(subnets))]
+            every = self._losses_of_all(plan, assignment, losses)
             lane.submit(transfer.finish)
             lane.wait()
         if self.carried is not None:
-            self.carried.merge(assignment, states)
+            self.carried.merge(states)
         waited += time.perf_counter() - start
-        loss = float(torch.cat(losses).mean())
-        return RoundReport(train_loss=loss, repartition_seconds=waited)
+        return RoundReport(
+            train_loss=float(every.mean()),
+            repartition_seconds=waited,
+            bytes_sent=self.comm.sent - sent,
+            bytes_received=self.comm.received - received,
+        )
+
+    def _losses_of_all(
+        self, plan: RoundPlan, assignment: Assignment, losses: list[Tensor]
+    ) -> Tensor:
+        """``[m]``: the mean loss of every subnet, on every rank, so that all stop where one must."""
+        if self.comm.size == 1:
+            return torch.cat(losses)
+        m, size = assignment.num_subnets, self.comm.size
+        kinds = [loss.dtype for loss in losses] or [torch.float32]
+        own = torch.cat([*losses, torch.empty(0, device=self.device)])
+        counts = [len(range(rank, m, size)) for rank in range(size)]
+        parts = self.comm.gather(own.double().to(self.comm.device), counts)
+        every = torch.empty(m, dtype=torch.float64)
+        for rank, part in enumerate(parts):
+            every[rank::size] = part.cpu()
+        for subnet in (~torch.isfinite(every)).nonzero()[:, 0].tolist():
+            raise _diverged(plan, subnet, every[subnet].item())
+        return every.to(kinds[0])
 
     def _loaded(
         self, transfer: RoundTransfer, lane: Lane, assignment: Assignment
@@ -139,10 +181,14 @@ class RoundExecutor(ABC):
         kept, so that a step waits for its training alone.
         """
         chunks = self.chunks(assignment)
-        program = self._program(assignment, chunks[0])
+        if self.carried is not None:
+            self.carried.open(assignment)
         with self.store.open(assignment) as transfer:
+            if not chunks:  # a rank without a subnet
+                return 0.0
+            program = self._program(assignment, chunks[0])
             transfer.load(chunks[0], program.tensors)
-        self._restart(program, assignment, chunks[0])
+        self._restart(program, chunks[0])
         with self._streams(plan, chunks[0]):
             batches = list(self._batches(plan, chunks[0], steps=1))
         best, spent = float("inf"), 0.0
@@ -154,16 +200,24 @@ class RoundExecutor(ABC):
             best, spent = min(best, seconds), spent + seconds
             if step and spent > 5.0:  # what the first one prepares is no part of a step
                 break
-        return best * assignment.num_subnets / len(chunks[0])
+        return best * len(self.own(assignment)) / len(chunks[0])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The carried optimiser state; empty where it is reset."""
         return {} if self.carried is None else self.carried.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes what :meth:`state_dict` gave."""
-        if self.carried is not None:
-            self.carried.load_state_dict(state)
+    def read_state(self, paths: Sequence[Path]) -> None:
+        """Takes what :meth:`state_dict` gave, of one rank or several, from files."""
+        if self.carried is None or not paths:
+            return
+        self.carried.room_for(tensor_names(paths))
+        if isinstance(self.carried, ShardedState):
+            shards = self.carried.shards
+            assert shards is not None
+            rows = {name: shards.rows(name) for name in shards.tensors}
+            read_rows(paths, shards.tensors, shards.homes, rows)
+        else:
+            read_whole(paths, self.carried.tensors, self.carried.spec)
 
     def release(self) -> None:
         """Frees the programs that are kept for reuse."""
@@ -177,10 +231,10 @@ class RoundExecutor(ABC):
             self._programs[shape] = self.build(assignment, subnets)
         return self._programs[shape]
 
-    def _restart(self, program: Program, assignment: Assignment, subnets: Sequence[int]) -> None:
+    def _restart(self, program: Program, subnets: Sequence[int]) -> None:
         states = None
         if self.carried is not None:
-            states = [self.carried.cut(assignment, subnet) for subnet in subnets]
+            states = [self.carried.cut(subnet) for subnet in subnets]
         program.restart(self.tensors, states)
 
     def _streams(self, plan: RoundPlan, subnets: range) -> AbstractContextManager[None]:
@@ -192,7 +246,7 @@ class RoundExecutor(ABC):
     def _batches(self, plan: RoundPlan, subnets: range, steps: int) -> Iterable[Any]:
         shared = self.config.shared_batches
         if shared is None:
-            shared = self.config.executor != "serial"
+            shared = self.config.executor not in ("serial", "distributed")
         return self.objective.batches(
             seed=self.config.seed,
             round=plan.index,
@@ -207,15 +261,18 @@ class RoundExecutor(ABC):
             losses = train_locally(program, self.objective, batches, plan.rate_factors, self.config)
         mean = losses.mean(dim=0)
         diverged = (~torch.isfinite(mean)).nonzero()
-        if len(diverged):
+        if len(diverged) and self.comm.size == 1:  # else all ranks learn of it together
             place = int(diverged[0])
-            raise DivergedError(
-                f"round {plan.index}, subnet {subnets[place]}: "
-                "the training loss is no longer finite",
-                got=losses[-5:, place].tolist(),
-                remedy="lower lr, set clip_norm, or use a model with normalisation",
-            )
+            raise _diverged(plan, subnets[place], losses[-5:, place].tolist())
         return mean
+
+
+def _diverged(plan: RoundPlan, subnet: int, got: Any) -> DivergedError:
+    return DivergedError(
+        f"round {plan.index}, subnet {subnet}: the training loss is no longer finite",
+        got=got,
+        remedy="lower lr, set clip_norm, or use a model with normalisation",
+    )
 
 
 def shape_of(spec: PartitionSpec, assignment: Assignment, subnet: int) -> Hashable:

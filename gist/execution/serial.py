@@ -14,8 +14,8 @@ class SerialExecutor(RoundExecutor):
     name = "serial"
 
     def chunks(self, assignment: Assignment) -> list[range]:
-        """Every subnet on its own."""
-        return [range(i, i + 1) for i in range(assignment.num_subnets)]
+        """Every subnet of this rank on its own."""
+        return [range(i, i + 1) for i in self.own(assignment)]
 
     def build(self, assignment: Assignment, subnets: range) -> Program:
         """One narrow model."""
@@ -26,5 +26,6 @@ class SerialExecutor(RoundExecutor):
             subnets[0],
             width_correction=self.config.width_correction,
             filled=False,
+            device=self.device,
         )
         return Program(module, size=1, grouped=False, config=self.config)

@@ -36,14 +36,15 @@ class StackedExecutor(SerialExecutor):
         self.most = most
 
     def chunks(self, assignment: Assignment) -> list[range]:
-        """Runs of consecutive subnets of one shape."""
-        shapes = [shape_of(self.spec, assignment, i) for i in range(assignment.num_subnets)]
+        """Runs of this rank's subnets, one after the other of one shape."""
+        own = self.own(assignment)
+        shapes = {i: shape_of(self.spec, assignment, i) for i in own}
         chunks: list[range] = []
-        for i, shape in enumerate(shapes):
+        for i, shape in shapes.items():
             last = chunks[-1] if chunks else range(0)
             full = self.most is not None and len(last) >= self.most
             if len(last) and shapes[last[0]] == shape and not full:
-                chunks[-1] = range(last[0], i + 1)
+                chunks[-1] = range(last[0], i + 1, own.step)
             else:
                 chunks.append(range(i, i + 1))
         return chunks
@@ -53,7 +54,13 @@ class StackedExecutor(SerialExecutor):
         if len(subnets) == 1:
             return super().build(assignment, subnets)
         narrow = build_subnet(
-            self.model, self.spec, assignment, subnets[0], width_correction=False, filled=False
+            self.model,
+            self.spec,
+            assignment,
+            subnets[0],
+            width_correction=False,
+            filled=False,
+            device=self.device,
         )
         selection = Selection(self.spec, assignment, subnets[0])
         scales = width_scales(self.spec, selection, self.config.width_correction)

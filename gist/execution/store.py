@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gist.execution.tensorfile import read_tensors, replace_file, write_tensors
+from gist.execution.partfiles import read_whole
+from gist.execution.tensorfile import replace_file, write_tensors
 from gist.partition.assignment import Assignment
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import Merge, gather
@@ -48,6 +49,10 @@ class Store(Protocol):
     """
 
     @property
+    def device(self) -> torch.device:
+        """Where subnets are made."""
+
+    @property
     def overlaps(self) -> bool:
         """Whether loading and saving are to happen while other subnets of the round train."""
 
@@ -71,17 +76,20 @@ class Store(Protocol):
         """Writes everything as it is now as a safetensors file, complete or not at all."""
 
     def write_kept(self, path: Path) -> None:
-        """Writes what was kept."""
+        """Writes what of the copy is in this process."""
 
-    def read(self, path: Path) -> None:
-        """Takes over a safetensors file.
+    def write_part(self, path: Path) -> None:
+        """Writes what of everything is in this process; with the other ranks' parts, all of it."""
+
+    def read(self, paths: Sequence[Path]) -> None:
+        """Takes over a safetensors file, or the parts that ranks wrote.
 
         Raises:
             CheckpointError: it is missing, damaged, or of another model.
         """
 
-    def read_kept(self, path: Path) -> None:
-        """Takes over a safetensors file as what was kept."""
+    def read_kept(self, paths: Sequence[Path]) -> None:
+        """Takes over a safetensors file, or parts, as what was kept."""
 
 
 class MemoryStore:
@@ -102,6 +110,11 @@ class MemoryStore:
     def has_kept(self) -> bool:
         """See :attr:`Store.has_kept`."""
         return bool(self._kept)
+
+    @property
+    def device(self) -> torch.device:
+        """See :attr:`Store.device`."""
+        return next(self.model.parameters()).device
 
     def open(self, assignment: Assignment) -> AbstractContextManager[RoundTransfer]:
         """See :meth:`Store.open`."""
@@ -135,14 +148,18 @@ class MemoryStore:
         """See :meth:`Store.write_kept`."""
         write_tensors(path, self._kept)
 
-    def read(self, path: Path) -> None:
-        """See :meth:`Store.read`."""
-        read_tensors(path, model_tensors(self.model))
+    def write_part(self, path: Path) -> None:
+        """See :meth:`Store.write_part`."""
+        self.write(path)
 
-    def read_kept(self, path: Path) -> None:
+    def read(self, paths: Sequence[Path]) -> None:
+        """See :meth:`Store.read`."""
+        read_whole(paths, model_tensors(self.model), self.spec)
+
+    def read_kept(self, paths: Sequence[Path]) -> None:
         """See :meth:`Store.read_kept`."""
         self._make_room()
-        read_tensors(path, self._kept)
+        read_whole(paths, self._kept, self.spec)
 
     def _make_room(self) -> None:
         if not self._kept:

@@ -7,6 +7,7 @@ import inspect
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gist.partition.assignment import Assignment
@@ -23,6 +24,7 @@ def build_subnet(
     *,
     width_correction: bool | None = None,
     filled: bool = True,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """The narrow model that one subnet trains, with the entries it holds.
 
@@ -37,13 +39,14 @@ def build_subnet(
         subnet: Index of the subnet.
         width_correction: See :func:`corrected_paths`.
         filled: Fill it with the entries; False leaves that to the caller, and reads none of them.
+        device: Where it is made, if it is not filled; by default where the model is.
     """
     selection = Selection(spec, assignment, subnet)
     if filled:
         parts = extract(model_tensors(model), spec, assignment, subnet)
     else:
         parts = {
-            name: tensor.detach().new_empty(selection.shape(spec.layouts[name]))
+            name: tensor.detach().new_empty(selection.shape(spec.layouts[name]), device=device)
             for name, tensor in model_tensors(model).items()
             if selection.holds(spec.layouts[name])
         }

@@ -171,16 +171,22 @@ class Merge:
         tensors: The global parameters and buffers by full name, or some of them.
         spec: How they follow the units.
         assignment: Which units each subnet held.
+        selections: What each holds of ``tensors``, where these are not the whole ones.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], spec: PartitionSpec, assignment: Assignment
+        self,
+        tensors: Mapping[str, Tensor],
+        spec: PartitionSpec,
+        assignment: Assignment,
+        selections: Sequence[Selection] | None = None,
     ) -> None:
         self.tensors, self.spec, self.assignment = tensors, spec, assignment
-        self.selections = [Selection(spec, assignment, i) for i in range(assignment.num_subnets)]
-        alone = assignment.num_subnets == 1
+        self.selections = selections or [
+            Selection(spec, assignment, i) for i in range(assignment.num_subnets)
+        ]
         self._exclusive = {
-            name: alone or _is_exclusive(spec.layouts[name], spec, assignment) for name in tensors
+            name: is_exclusive(spec.layouts[name], spec, assignment) for name in tensors
         }
         self._means: dict[str, _Mean] = {}
         self._added = 0
@@ -257,8 +263,10 @@ _MEAN_IN = {
 """Kinds that means are taken in, where it is not the tensor's own."""
 
 
-def _is_exclusive(layout: ParamLayout, spec: PartitionSpec, assignment: Assignment) -> bool:
+def is_exclusive(layout: ParamLayout, spec: PartitionSpec, assignment: Assignment) -> bool:
     """Whether no entry can be held twice: some dim runs along units that are dealt once each."""
+    if assignment.num_subnets == 1:
+        return True
     disjoint = assignment.disjoint_groups
     if layout.owner is not None:
         return layout.owner[0] in disjoint

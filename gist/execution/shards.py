@@ -1,0 +1,599 @@
+"""Tensors spread over ranks by rows: dealt to the subnets of a round, and taken back.
+
+Shape legend: ``W`` ranks, ``m`` subnets; subnet ``i`` is trained by rank ``i mod W``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gist.execution.comm import Comm, Pending
+from gist.partition.assignment import Assignment
+from gist.partition.spec import ParamLayout, PartitionSpec
+from gist.partition.transfer import Index, Merge, Selection, gather, is_exclusive
+
+Part = dict[str, Tensor]
+"""What one subnet holds, by name."""
+
+_EXCHANGE_BYTES = 64 * 2**20
+"""Tensors are exchanged in groups of about this size: one is on its way while the next is packed."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Along which dim of a tensor its rows are spread over the ranks.
+
+    Attributes:
+        dim: The first that units index; that of a tensor of one unit is an extra one of size 1.
+        size: Its length.
+        moves: Whether rows stay with the rank that trained them last. Those of tensors that units
+            index along one dim do: all of them are held in every round, so they go straight from
+            one holder to the next. Of others only the held entries travel, and return.
+        axis: What runs along ``dim``; tensors that agree in it and in ``moves`` lie alike.
+        of_unit: Whether the tensor as a whole belongs to one unit.
+    """
+
+    dim: int
+    size: int
+    moves: bool
+    axis: Hashable
+    of_unit: bool = False
+
+    @classmethod
+    def of(cls, layout: ParamLayout) -> Home | None:
+        """That of a tensor; None for one that all subnets hold, which every rank has."""
+        if layout.owner is not None:
+            return cls(dim=0, size=1, moves=True, axis=layout.owner, of_unit=True)
+        dims = sorted({slot.dim for slot in layout.slots})
+        if not dims:
+            return None
+        axis = tuple((slot.group, slot.map) for slot in layout.slots if slot.dim == dims[0])
+        size = layout.shape[dims[0]]
+        return cls(dim=dims[0], size=size, moves=len(dims) == 1, axis=(size, axis))
+
+
+class Placement:
+    """Which rank has which rows.
+
+    Args:
+        owner: ``[n]`` int64, a rank for each row.
+        rank: This one.
+
+    Attributes:
+        owner: Likewise.
+        mine: The rows that this rank has, ascending.
+        place: ``[n]``, where it has each of them.
+    """
+
+    def __init__(self, owner: Tensor, rank: int) -> None:
+        self.owner = owner
+        self.mine = (owner == rank).nonzero()[:, 0]
+        self.place = torch.full_like(owner, -1)
+        self.place[self.mine] = torch.arange(self.mine.numel())
+
+    @classmethod
+    def even(cls, home: Home, comm: Comm) -> Placement:
+        """Consecutive rows, about equally many for each rank; units that own tensors take turns."""
+        owner = torch.empty(home.size, dtype=torch.long)
+        if home.of_unit:
+            owner[0] = home.axis[1] % comm.size  # type: ignore[index]
+        else:
+            for rank, rows in enumerate(torch.arange(home.size).tensor_split(comm.size)):
+                owner[rows] = rank
+        return cls(owner, comm.rank)
+
+
+class Shards:
+    """A rank's rows of tensors that are spread over all ranks.
+
+    Args:
+        comm: The ranks.
+        spec: How the tensors follow the units.
+        like: Tensors by name, of which dtypes are taken; shapes are those of the spec.
+        device: Of the rows.
+
+    Attributes:
+        tensors: This rank's rows by name; those of a tensor of one unit have an extra first dim.
+        homes: Along which dim each tensor is spread; None for one that every rank has.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        spec: PartitionSpec,
+        like: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        self.comm, self.spec, self.device = comm, spec, device
+        self.homes = {name: Home.of(spec.layouts[name]) for name in like}
+        self._dtypes = {name: tensor.dtype for name, tensor in like.items()}
+        self._placements: dict[Home, Placement] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Lays all rows out evenly; what was in them is lost."""
+        for home in filter(None, self.homes.values()):
+            self._placements[home] = Placement.even(home, self.comm)
+        self.tensors = {
+            name: torch.zeros(self.local_shape(name), dtype=dtype, device=self.device)
+            for name, dtype in self._dtypes.items()
+        }
+
+    def shape(self, name: str, rows: int) -> tuple[int, ...]:
+        """Shape of so many rows of a tensor."""
+        home, shape = self.homes[name], self.spec.layouts[name].shape
+        if home is None:
+            return shape
+        if home.of_unit:
+            return rows, *shape
+        return *shape[: home.dim], rows, *shape[home.dim + 1 :]
+
+    def local_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of this rank's rows."""
+        home = self.homes[name]
+        return self.shape(name, 0 if home is None else self._placements[home].mine.numel())
+
+    def rows(self, name: str) -> Tensor | None:
+        """Which rows of a tensor this rank has, ascending; None for a tensor without rows."""
+        home = self.homes[name]
+        return None if home is None else self._placements[home].mine
+
+    def copy(self) -> dict[str, Any]:
+        """Everything as it is now."""
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return {"tensors": tensors, "placements": dict(self._placements)}
+
+    def view(self) -> dict[str, Any]:
+        """As :meth:`copy`, but of the same tensors."""
+        return {"tensors": self.tensors, "placements": dict(self._placements)}
+
+    def restore(self, copy: dict[str, Any]) -> None:
+        """Takes over what :meth:`copy` or :meth:`view` gave."""
+        self.tensors, self._placements = copy["tensors"], copy["placements"]
+
+    def deal(self, selections: Sequence[Selection], names: Iterable[str] | None = None) -> list[Part]:
+        """What this rank's subnets hold; all ranks take part.
+
+        Args:
+            selections: What each subnet holds, of all of them.
+            names: Of which tensors; all by default.
+
+        Returns:
+            One part for each subnet of this rank. Entries are fresh, or where a subnet holds all
+            that the rank has and nothing else, the rank's own.
+        """
+        return _Deal(self, selections).run(list(self.tensors) if names is None else list(names))
+
+    @torch.no_grad()
+    def collect(
+        self, assignment: Assignment, selections: Sequence[Selection], parts: Sequence[Part]
+    ) -> None:
+        """Puts back what was dealt, trained; see :class:`~gist.partition.transfer.Merge`.
+
+        Args:
+            assignment: What was dealt.
+            selections: As for :meth:`deal`.
+            parts: Of this rank's subnets.
+        """
+        exclusive = {
+            name: is_exclusive(self.spec.layouts[name], self.spec, assignment)
+            for name in self.tensors
+        }
+        staying, moving = [], []
+        for name, home in self.homes.items():
+            (moving if home is not None and home.moves and exclusive[name] else staying).append(name)
+        _Collect(self, selections, assignment, parts).run(staying)
+        self._move(moving, selections, parts)
+
+    def _move(
+        self, names: Sequence[str], selections: Sequence[Selection], parts: Sequence[Part]
+    ) -> None:
+        """Makes rows stay where they were trained."""
+        before, after = dict(self._placements), dict(self._placements)
+        for home in dict.fromkeys(self.homes[name] for name in names):
+            assert home is not None
+            owner = before[home].owner.clone()
+            name = next(name for name in names if self.homes[name] == home)
+            for subnet, selection in enumerate(selections):
+                owner[rows_of(home, self.spec.layouts[name], selection)] = subnet % self.comm.size
+            after[home] = Placement(owner, self.comm.rank)
+        self._placements = after
+        own = selections[self.comm.rank :: self.comm.size]
+        for name in names:
+            home, layout = self.homes[name], self.spec.layouts[name]
+            assert home is not None
+            old, new = self.tensors[name], self.tensors[name].new_empty(self.local_shape(name))
+            trained = torch.zeros(home.size, dtype=torch.bool)
+            for selection, part in zip(own, parts, strict=True):
+                rows = rows_of(home, layout, selection)
+                if rows.numel():
+                    trained[rows] = True
+                    _put(new, home.dim, after[home].place[rows], _as_rows(home, part[name]))
+            idle = after[home].mine[~trained[after[home].mine]]  # no subnet holds them
+            if idle.numel():
+                kept = old.index_select(home.dim, before[home].place[idle].to(old.device))
+                _put(new, home.dim, after[home].place[idle], kept)
+            self.tensors[name] = new
+
+    def blocks(
+        self, names: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, list[tuple[Tensor | None, Tensor]]]]:
+        """Streams tensors to rank 0, some rows at a time; all ranks take part.
+
+        Yields:
+            A name, and on rank 0 ``(rows, their entries)`` from each rank, or ``(None, all of
+            it)`` for a tensor without rows; nothing on the others.
+        """
+        for name in list(self.tensors) if names is None else names:
+            home, own = self.homes[name], self.tensors[name]
+            if home is None:
+                yield name, [(None, own)] if self.comm.is_main else []
+                continue
+            for rows, mine in self._portions(name):
+                entries = own.index_select(home.dim, mine.to(own.device))
+                counts = [math.prod(self.shape(name, each.numel())) for each in rows]
+                counts[0] = 0
+                into = counts if self.comm.is_main else [0] * self.comm.size
+                out = [0] * self.comm.size
+                out[0] = 0 if self.comm.is_main else entries.numel()
+                outgoing = entries.reshape(-1)[: out[0]]
+                received = self.comm.start(outgoing, out, into).wait()
+                if not self.comm.is_main:
+                    yield name, []
+                    continue
+                parts = [part.to(self.device) for part in received.split(into)]
+                got = [
+                    (each, part.view(self.shape(name, each.numel())))
+                    for each, part in zip(rows[1:], parts[1:], strict=True)
+                ]
+                yield name, [(rows[0], entries), *got]
+
+    def fill(self, whole: Callable[[str], Tensor], names: Iterable[str] | None = None) -> None:
+        """Takes rank 0's values of tensors; all ranks take part.
+
+        Args:
+            whole: Gives a whole tensor by name, on rank 0; called there alone.
+            names: Which; all by default.
+        """
+        for name in list(self.tensors) if names is None else names:
+            home, own = self.homes[name], self.tensors[name]
+            source = whole(name).detach() if self.comm.is_main else None
+            if home is None:
+                others = self.comm.size - 1
+                out, into = [0] * self.comm.size, [0] * self.comm.size
+                outgoing = own.reshape(-1)[:0]
+                if source is not None:
+                    out[1:] = [own.numel()] * others
+                    outgoing = source.to(self.device).reshape(-1).repeat(others)
+                else:
+                    into[0] = own.numel()
+                received = self.comm.start(outgoing, out, into).wait()
+                own.copy_(received.view(own.shape) if source is None else source)
+                continue
+            if source is not None and home.of_unit:
+                source = source.unsqueeze(0)
+            for rows, mine in self._portions(name):
+                out, into = [0] * self.comm.size, [0] * self.comm.size
+                outgoing, entries = own.reshape(-1)[:0], None
+                if source is not None:
+                    cut = [
+                        source.index_select(home.dim, each.to(source.device)).to(self.device)
+                        for each in rows
+                    ]
+                    out[1:] = [part.numel() for part in cut[1:]]
+                    entries = cut[0]
+                    outgoing = torch.cat([own.new_empty(0), *(c.reshape(-1) for c in cut[1:])])
+                else:
+                    into[0] = math.prod(self.shape(name, mine.numel()))
+                received = self.comm.start(outgoing, out, into).wait()
+                if entries is None:
+                    entries = received.to(self.device).view(self.shape(name, mine.numel()))
+                _put(own, home.dim, mine, entries)
+
+    def _portions(self, name: str) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Rows of every rank, a bounded number at a time, and where this rank has its own."""
+        home = self.homes[name]
+        assert home is not None
+        owner = self._placements[home].owner
+        all_rows = [(owner == rank).nonzero()[:, 0] for rank in range(self.comm.size)]
+        row_bytes = math.prod(self.shape(name, 1)) * self._dtypes[name].itemsize
+        size = max(_EXCHANGE_BYTES // max(row_bytes * self.comm.size, 1), 1)
+        for start in range(0, max(rows.numel() for rows in all_rows), size):
+            rows = [rows[start : start + size] for rows in all_rows]
+            begin = min(start, all_rows[self.comm.rank].numel())
+            yield rows, torch.arange(begin, begin + rows[self.comm.rank].numel())
+
+    def groups(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Names in their order, in groups of one dtype and about equal size."""
+        group: list[str] = []
+        size = 0
+        for name in sorted(names, key=lambda name: str(self._dtypes[name])):
+            nbytes = math.prod(self.spec.layouts[name].shape) * self._dtypes[name].itemsize
+            other = group and self._dtypes[group[0]] != self._dtypes[name]
+            if group and (other or size + nbytes > _EXCHANGE_BYTES):
+                yield group
+                group, size = [], 0
+            group.append(name)
+            size += nbytes
+        if group:
+            yield group
+
+
+def rows_of(home: Home, layout: ParamLayout, selection: Selection) -> Tensor:
+    """The rows of a tensor that a subnet holds, ascending."""
+    if not selection.holds(layout):
+        return torch.empty(0, dtype=torch.long)
+    rows = None if home.of_unit else selection.index(layout)[home.dim]
+    return torch.arange(home.size) if rows is None else rows
+
+
+class _Exchange:
+    """What of every tensor travels between a rank that has rows and one that trains them."""
+
+    def __init__(self, shards: Shards, selections: Sequence[Selection]) -> None:
+        self.shards, self.selections, self.comm = shards, selections, shards.comm
+        self._splits: dict[tuple[Home, int], tuple[Tensor, Tensor, list[int]]] = {}
+
+    def subnets(self, rank: int) -> range:
+        """Those that a rank trains."""
+        return range(rank, len(self.selections), self.comm.size)
+
+    def holds(self, name: str, subnet: int) -> bool:
+        return self.selections[subnet].holds(self.shards.spec.layouts[name])
+
+    def split(self, name: str, subnet: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Rows that a subnet holds, the rank that has each, and how many each rank has."""
+        home = self.shards.homes[name]
+        assert home is not None
+        key = home, subnet
+        if key not in self._splits:
+            rows = rows_of(home, self.shards.spec.layouts[name], self.selections[subnet])
+            owners = self.shards._placements[home].owner[rows]
+            counts = torch.bincount(owners, minlength=self.comm.size).tolist()
+            self._splits[key] = rows, owners, counts
+        return self._splits[key]
+
+    def shape(self, name: str, subnet: int, rank: int) -> tuple[int, ...]:
+        """Shape of what a subnet holds of the rows that a rank has."""
+        home, layout = self.shards.homes[name], self.shards.spec.layouts[name]
+        shape = self.selections[subnet].shape(layout)
+        if home is None:
+            return shape
+        rows = self.split(name, subnet)[2][rank]
+        if home.of_unit:
+            return rows, *shape
+        return *shape[: home.dim], rows, *shape[home.dim + 1 :]
+
+    def within(self, name: str, subnet: int, rank: int) -> Tensor:
+        """Which of a subnet's rows a rank has."""
+        return (self.split(name, subnet)[1] == rank).nonzero()[:, 0]
+
+    def local_index(self, name: str, subnet: int) -> Index:
+        """Where this rank has what a subnet holds of a tensor."""
+        home, layout = self.shards.homes[name], self.shards.spec.layouts[name]
+        if home is None:
+            return self.selections[subnet].index(layout)
+        placement = self.shards._placements[home]
+        rows, owners, counts = self.split(name, subnet)
+        mine: Tensor | None = None
+        if counts[self.comm.rank] != placement.mine.numel():
+            mine = placement.place[rows[owners == self.comm.rank]]
+        if home.of_unit:
+            return mine, *(None for _ in layout.shape)
+        index = list(self.selections[subnet].index(layout))
+        index[home.dim] = mine
+        return tuple(index)
+
+    def counts(self, pairs: Callable[[int], Iterable[tuple[str, int, int]]]) -> list[int]:
+        """Entries for each rank: of ``(name, subnet, rank that has the rows)``."""
+        return [
+            0
+            if rank == self.comm.rank
+            else sum(math.prod(self.shape(*pair)) for pair in pairs(rank))
+            for rank in range(self.comm.size)
+        ]
+
+    @torch.no_grad()
+    def run_groups(self, names: Sequence[str]) -> None:
+        """Exchanges group by group: while one is on its way, the next is packed."""
+        waiting: deque[tuple[list[str], Pending, list[int]]] = deque()
+        for group in self.shards.groups(names):
+            outgoing, counts_out, counts_in = self.pack(group)
+            waiting.append((group, self.comm.start(outgoing, counts_out, counts_in), counts_in))
+            if len(waiting) > 1:
+                self._arrive(*waiting.popleft())
+        while waiting:
+            self._arrive(*waiting.popleft())
+
+    def _arrive(self, group: list[str], pending: Pending, counts: list[int]) -> None:
+        received = pending.wait().to(self.shards.device)
+        self.unpack(group, list(received.split(counts)))
+
+    def pack(self, group: list[str]) -> tuple[Tensor, list[int], list[int]]:
+        raise NotImplementedError
+
+    def unpack(self, group: list[str], received: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+class _Deal(_Exchange):
+    def run(self, names: list[str]) -> list[Part]:
+        self.parts: dict[int, Part] = {subnet: {} for subnet in self.subnets(self.comm.rank)}
+        self.run_groups([name for name in names if self.shards.homes[name] is not None])
+        for name in names:
+            if self.shards.homes[name] is None:
+                for part in self.parts.values():
+                    part[name] = self.shards.tensors[name].clone()
+        return list(self.parts.values())
+
+    def pack(self, group: list[str]) -> tuple[Tensor, list[int], list[int]]:
+        me, tensors = self.comm.rank, self.shards.tensors
+
+        def wanted(taker: int, giver: int) -> Iterator[tuple[str, int, int]]:
+            for subnet in self.subnets(taker):
+                for name in group:
+                    if self.holds(name, subnet):
+                        yield name, subnet, giver
+
+        counts_out = self.counts(lambda rank: wanted(rank, me))
+        counts_in = self.counts(lambda rank: wanted(me, rank))
+        outgoing, at = tensors[group[0]].new_empty(sum(counts_out)), 0
+        for rank in range(self.comm.size):
+            for name, subnet, _ in wanted(rank, me) if rank != me else ():
+                shape = self.shape(name, subnet, me)
+                out = outgoing[at : at + math.prod(shape)].view(shape)
+                if out.numel():
+                    gather(tensors[name], self.local_index(name, subnet), out=out)
+                at += out.numel()
+        return outgoing, counts_out, counts_in
+
+    def unpack(self, group: list[str], received: list[Tensor]) -> None:
+        me, at = self.comm.rank, [0] * self.comm.size
+        for subnet, part in self.parts.items():
+            for name in group:
+                home, own = self.shards.homes[name], self.shards.tensors[name]
+                assert home is not None
+                if not self.holds(name, subnet):
+                    continue
+                index, (rows, _, counts) = self.local_index(name, subnet), self.split(name, subnet)
+                if counts[me] == rows.numel():
+                    alone = all(each is None for each in index)
+                    entries = own if alone else gather(own, index)
+                else:
+                    entries = own.new_empty(self._held_shape(name, subnet))
+                    for rank in range(self.comm.size):
+                        if not counts[rank]:
+                            continue
+                        shape = self.shape(name, subnet, rank)
+                        if rank == me:
+                            block = gather(own, index)
+                        else:
+                            size = math.prod(shape)
+                            block = received[rank][at[rank] : at[rank] + size].view(shape)
+                            at[rank] += size
+                        _put(entries, home.dim, self.within(name, subnet, rank), block)
+                part[name] = entries.squeeze(0) if home.of_unit else entries
+
+    def _held_shape(self, name: str, subnet: int) -> tuple[int, ...]:
+        home, layout = self.shards.homes[name], self.shards.spec.layouts[name]
+        assert home is not None
+        shape = self.selections[subnet].shape(layout)
+        return (1, *shape) if home.of_unit else shape
+
+
+class _Collect(_Exchange):
+    def __init__(
+        self,
+        shards: Shards,
+        selections: Sequence[Selection],
+        assignment: Assignment,
+        parts: Sequence[Part],
+    ) -> None:
+        super().__init__(shards, selections)
+        self.assignment = assignment
+        self.parts = dict(zip(self.subnets(self.comm.rank), parts, strict=True))
+
+    def run(self, names: list[str]) -> None:
+        self.run_groups(names)
+
+    def _trained(self, group: list[str], by: int, of: int) -> Iterator[tuple[str, int, int]]:
+        """What one rank trained of the rows of another; of a tensor without rows, all."""
+        for subnet in self.subnets(by):
+            for name in group:
+                if self.holds(name, subnet):
+                    yield name, subnet, of
+
+    def pack(self, group: list[str]) -> tuple[Tensor, list[int], list[int]]:
+        me = self.comm.rank
+        counts_out = self.counts(lambda rank: self._trained(group, me, rank))
+        counts_in = self.counts(lambda rank: self._trained(group, rank, me))
+        outgoing, at = self.shards.tensors[group[0]].new_empty(sum(counts_out)), 0
+        for rank in range(self.comm.size):
+            for name, subnet, _ in self._trained(group, me, rank) if rank != me else ():
+                shape = self.shape(name, subnet, rank)
+                out = outgoing[at : at + math.prod(shape)].view(shape)
+                if out.numel():
+                    self._cut(name, subnet, rank, out)
+                at += out.numel()
+        return outgoing, counts_out, counts_in
+
+    def _cut(self, name: str, subnet: int, rank: int, out: Tensor | None = None) -> Tensor:
+        """What of a part belongs to the rows that a rank has."""
+        home, part = self.shards.homes[name], self.parts[subnet][name]
+        if home is None:
+            return part if out is None else out.copy_(part)
+        part = _as_rows(home, part)
+        if self.split(name, subnet)[2][rank] == part.size(home.dim):
+            return part if out is None else out.copy_(part)
+        rows = self.within(name, subnet, rank)
+        if _is_run(rows):
+            part = part.narrow(home.dim, int(rows[0]), rows.numel())
+            return part if out is None else out.copy_(part)
+        return torch.index_select(part, home.dim, rows.to(part.device), out=out)
+
+    def unpack(self, group: list[str], received: list[Tensor]) -> None:
+        me, at = self.comm.rank, [0] * self.comm.size
+        tensors = {name: self.shards.tensors[name] for name in group}
+        local = [_Local(self, subnet) for subnet in range(len(self.selections))]
+        merging = Merge(tensors, self.shards.spec, self.assignment, local)  # type: ignore[arg-type]
+        for subnet in range(len(self.selections)):
+            part: Part = {}
+            rank = subnet % self.comm.size
+            for name in group:
+                if not self.holds(name, subnet):
+                    continue
+                if rank == me:
+                    if self.shards.homes[name] is None or self.split(name, subnet)[2][me]:
+                        part[name] = self._cut(name, subnet, me)
+                    continue
+                shape = self.shape(name, subnet, me)
+                size = math.prod(shape)
+                part[name] = received[rank][at[rank] : at[rank] + size].view(shape)
+                at[rank] += size
+            merging.add(part)
+        merging.finish()
+
+
+class _Local:
+    """A subnet's selection of the rows that this rank has."""
+
+    def __init__(self, exchange: _Exchange, subnet: int) -> None:
+        self._exchange, self._subnet = exchange, subnet
+
+    def holds(self, layout: ParamLayout) -> bool:
+        """Whether the subnet holds any of them."""
+        exchange = self._exchange
+        if not exchange.holds(layout.name, self._subnet):
+            return False
+        if exchange.shards.homes[layout.name] is None:
+            return True
+        return exchange.split(layout.name, self._subnet)[2][exchange.comm.rank] > 0
+
+    def index(self, layout: ParamLayout) -> Index:
+        """Where this rank has them."""
+        return self._exchange.local_index(layout.name, self._subnet)
+
+
+def _as_rows(home: Home, part: Tensor) -> Tensor:
+    return part.unsqueeze(0) if home.of_unit else part
+
+
+def _put(tensor: Tensor, dim: int, rows: Tensor, part: Tensor) -> None:
+    """Writes rows along a dim."""
+    if _is_run(rows):
+        tensor.narrow(dim, int(rows[0]) if rows.numel() else 0, rows.numel()).copy_(part)
+    else:
+        tensor.index_copy_(dim, rows.to(tensor.device), part)
+
+
+def _is_run(rows: Tensor) -> bool:
+    """Whether ascending rows are consecutive."""
+    return not rows.numel() or int(rows[-1]) - int(rows[0]) + 1 == rows.numel()
