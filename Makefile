@@ -10,6 +10,8 @@ EXTRAS := dev,docs
 TEST_WORKERS ?= 2
 
 export OMP_NUM_THREADS ?= 2
+# Every start of Python would compile torch and its companions anew.
+unexport PYTHONDONTWRITEBYTECODE
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

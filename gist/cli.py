@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from gist.compare import compare as run_comparison
 from gist.compare import differing_settings, write_run_config
 from gist.compare import render as render_comparison
 from gist.config import (
+    BACKENDS,
     EVALUATIONS,
     EXECUTORS,
     OPTIMIZER_STATES,
@@ -31,11 +33,13 @@ from gist.config import (
 )
 from gist.costs.costs import render as render_costs
 from gist.errors import ConfigError, GistError
+from gist.execution.comm import local_device
 from gist.experiment import METHODS, MODELS, Experiment, plan_run
 from gist.graph.batch import training_graph
 from gist.graph.cards import list_cards, load_card
 from gist.graph.clusters import Cluster
 from gist.graph.datasets import data_folders, load_dataset, prepare_dataset
+from gist.launch import is_worker, launch
 
 app = typer.Typer(
     help="Independent subnet training of graph networks.",
@@ -98,8 +102,24 @@ EarlyStopping = Annotated[
     int | None, typer.Option(help="Stop after so many evaluations without improvement.")
 ]
 EvalEvery = Annotated[int | None, typer.Option(help="Evaluate after every so many rounds.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Start so many processes on this machine, and train in all of them."),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(min=0, help="Start all workers again, at the last checkpoint, when one has died."),
+]
+Backend = Annotated[
+    str | None, typer.Option(help=f"What workers talk through: {' or '.join(BACKENDS)}.")
+]
+WorkerTimeout = Annotated[
+    float | None, typer.Option(help="Seconds that a worker waits for the others.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation and training.")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda where there is one.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, or cuda where there is one; each worker takes a GPU of its own.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write the outcome to this file; - prints it.")
@@ -151,6 +171,10 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="A run's directory: go on from its last checkpoint.")
     ] = None,
+    workers: Workers = None,
+    max_restarts: MaxRestarts = 0,
+    backend: Backend = None,
+    worker_timeout: WorkerTimeout = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for model, settings, history, checkpoints.")
     ] = None,
@@ -163,7 +187,7 @@ def train(
 ) -> None:
     """Train one model; settings not given come from the dataset's card."""
     parameters = dict(locals())
-    _use(threads, device)
+    device = _use(threads, device)
     experiment = Experiment(
         dataset=dataset,
         method=method,
@@ -176,6 +200,11 @@ def train(
         },
         seed=seed,
     )
+    if workers is not None and not is_worker():
+        experiment.check_workers(workers)
+        raise SystemExit(
+            launch(["-m", "gist", *sys.argv[1:]], workers=workers, max_restarts=max_restarts)
+        )
     trainer = experiment.trainer(experiment.load_data(), device)
     try:
         result = trainer.fit(resume=resume)
@@ -184,6 +213,8 @@ def train(
         then = f"go on with --resume {out}" if kept else "nothing was saved: no --checkpoint-every"
         _errors.print(f"interrupted after {len(trainer.history)} rounds; {then}", soft_wrap=True)
         raise typer.Exit(130) from None
+    if not trainer.comm.is_main:
+        return
     summary = {**experiment.summary(trainer, result), "command": _command()}
     if out is not None:
         write_run_config(out, summary)
@@ -335,7 +366,7 @@ def _takes_options_of(
 
 
 @app.command()
-@_takes_options_of(train, without=("resume",))
+@_takes_options_of(train, without=("resume", "max_restarts", "backend", "worker_timeout"))
 def plan(
     dataset: Annotated[
         str | None, typer.Argument(help="Name of a dataset; none where all sizes are given.")
@@ -425,7 +456,8 @@ def main() -> None:
     try:
         app()
     except (GistError, OSError) as error:
-        _errors.print(f"[bold red]error[/]: {_escape(str(error))}", soft_wrap=True)
+        who = f" of worker {os.environ['RANK']}" if is_worker() else ""
+        _errors.print(f"[bold red]error[/]{who}: {_escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
 
 
@@ -477,6 +509,8 @@ _TRAIN_SETTINGS = (
     "early_stopping",
     "eval_every",
     "checkpoint_every",
+    "backend",
+    "worker_timeout",
     "out",
 )
 
@@ -503,10 +537,13 @@ def _pairs(options: list[str] | None) -> dict[str, Any]:
     return pairs
 
 
-def _use(threads: int | None, device: str) -> None:
+def _use(threads: int | None, device: str) -> str:
+    """Sets the threads; the device, of several workers the one of this."""
     if threads is not None:
         torch.set_num_threads(threads)
     try:
+        if is_worker() and device == "cuda":
+            device = str(local_device())
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
@@ -515,6 +552,7 @@ def _use(threads: int | None, device: str) -> None:
             expected="cpu",
             remedy=f"run `gist doctor`; torch says: {str(error).splitlines()[0]}",
         ) from None
+    return device
 
 
 def _subnets_text(subnets: int | SubnetSchedule) -> str:

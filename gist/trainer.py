@@ -324,7 +324,6 @@ class SubnetTrainer:
         return None if model is None else model.eval()
 
     def _check_workers(self) -> None:
-        most = max(m for _, m in self.config.phases)
         if self.config.executor == "distributed" and not self.comm.is_distributed:
             raise ConfigError(
                 "executor='distributed' needs workers",
@@ -332,13 +331,7 @@ class SubnetTrainer:
                 remedy="start the script with torchrun --nproc-per-node W, or gist train with "
                 "--workers W",
             )
-        if most < self.comm.size:
-            raise ConfigError(
-                "more workers than subnets: some would have nothing to do",
-                got=f"{self.comm.size} workers, num_subnets={most}",
-                expected=f"at most {most} workers",
-                remedy="raise num_subnets, or start fewer workers",
-            )
+        require_subnets(self.config, self.comm.size)
 
     def _check_alike(self) -> None:
         """Refuses workers that were started on different runs."""
@@ -710,6 +703,24 @@ class GISTTrainer(SubnetTrainer):
             return default_memory_limit(self.device, free_memory(self.device))
         assert isinstance(limit, int), "parsed by TrainConfig"
         return default_memory_limit(self.device, max(limit - memory_in_use(self.device), 0))
+
+
+def require_subnets(config: TrainConfig, workers: int) -> None:
+    """Refuses more workers than a run ever has subnets.
+
+    In a phase with fewer subnets than workers, the last ones wait.
+
+    Raises:
+        ConfigError: see above.
+    """
+    most = max(m for _, m in config.phases)
+    if most < workers:
+        raise ConfigError(
+            "more workers than subnets: some would have nothing to do",
+            got=f"{workers} workers, num_subnets={most}",
+            expected=f"at most {most} workers",
+            remedy="raise num_subnets, or start fewer workers",
+        )
 
 
 def _recipe(config: GraphConfig) -> BatchRecipe:

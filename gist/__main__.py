@@ -1,0 +1,5 @@
+"""``python -m gist``: the ``gist`` command."""
+
+from gist.cli import main
+
+main()

@@ -1,0 +1,104 @@
+"""Trains small models, and writes what came out: to be compared over numbers of workers.
+
+Run by test_equal.py, in one process and under torchrun.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+import gist.nn
+from gist import Bernoulli, GISTTrainer, Overlapping, load_dataset
+from gist.partition.spec import model_tensors
+
+MODELS = {
+    "gcn": lambda *s: gist.nn.GCN(*s, num_layers=3, dropout=0.5, norm="batch"),
+    "sage": lambda *s: gist.nn.GraphSAGE(*s, num_layers=3, dropout=0.5),
+    "gat": lambda *s: gist.nn.GAT(*s, num_layers=3, heads=2, dropout=0.3),
+}
+DATA = {
+    "csbm": load_dataset("csbm", num_nodes=120, num_features=7, num_classes=3, seed=1),
+    "digits": load_dataset("digits"),
+}
+CLUSTERS = {
+    "csbm": {"clusters": 6, "clusters_per_batch": 2},
+    "digits": {"clusters": 40, "clusters_per_batch": 2},
+}
+CASES: dict[str, dict[str, Any]] = {
+    f"{data} {model} m={m} {state}": {
+        "data": data,
+        "model": model,
+        "num_subnets": m,
+        "optimizer_state": state,
+        **CLUSTERS[data],
+    }
+    for data, model, m, state in product(DATA, MODELS, (4, 8), ("reset", "carry"))
+}
+CASES |= {
+    "overlapping": {"num_subnets": 5, "sampler": Overlapping(min_units=7)},
+    "bernoulli": {"num_subnets": 4, "sampler": Bernoulli(keep=0.4), "optimizer_state": "carry"},
+    "annealed": {"num_subnets": [(0.5, 5), (0.5, 1)], "optimizer_state": "carry"},
+    "uneven, double": {"num_subnets": 7, "dtype": torch.float64, "width": 37},
+    "sgd": {"num_subnets": 4, "optimizer": "sgd", "optimizer_state": "carry", "lr": 0.1},
+    "best": {"num_subnets": 4, "keep_best": True, "rounds": 6},
+}
+
+
+def digest(model: nn.Module) -> str:
+    """Of every bit of every parameter and buffer."""
+    tensors = model_tensors(model).items()
+    data = b"".join(name.encode() + t.detach().numpy().tobytes() for name, t in tensors)
+    return hashlib.sha256(data).hexdigest()
+
+
+def make(name: str, **more: Any) -> GISTTrainer:
+    """The trainer of a case."""
+    settings = {"model": "sage", "data": "csbm", "rounds": 3, **CASES[name], **more}
+    data = DATA[settings.pop("data")]
+    width, dtype = settings.pop("width", 16), settings.pop("dtype", torch.float32)
+    torch.manual_seed(0)
+    model = MODELS[settings.pop("model")](data.num_features, width, data.num_classes).to(dtype)
+    if dtype != torch.float32:
+        data = replace(data, x=data.x.to(dtype))
+    settings = {
+        "local_steps": 2,
+        "executor": "serial",
+        "keep_best": False,
+        "progress": False,
+        "eval_every": 3,
+        **settings,
+    }
+    return GISTTrainer(model, data, seed=5, **settings)
+
+
+def outcome(name: str, **more: Any) -> dict[str, Any] | None:
+    """Weights and history of a case; on rank 0."""
+    trainer = make(name, **more)
+    result = trainer.fit()
+    model = trainer.gather_model()
+    if model is None:
+        return None
+    rounds = [[r.train_loss, r.val_metric, r.val_loss, r.test_metric] for r in result.history]
+    return {"weights": digest(model), "rounds": rounds, "best": result.best.round}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage: not among a hundred thousand objects of libraries
+    found = {name: outcome(name) for name in CASES}
+    if all(value is not None for value in found.values()):
+        with open(sys.argv[1], "w", encoding="utf-8") as file:
+            json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main()
