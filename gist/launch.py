@@ -56,6 +56,8 @@ def launch(command: Sequence[str], *, workers: int, max_restarts: int = 0) -> in
     )
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(_cores() // workers, 1)))
+    # Else the agent opens a store for the workers, on all addresses; so rank 0 does, on its own.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torchrun = [

@@ -314,11 +314,16 @@ class RunOnStage:
             disk=self._disk(choice),
             exchange=exchange_per_round(
                 self.spec,
-                assignment,
+                [
+                    self._assignment(plan.num_subnets, plan.index)
+                    for plan in self.rounds[:2]
+                    if plan.num_subnets == first.num_subnets
+                ],
                 {name: t.element_size() for name, t in model_tensors(self.model).items()},
                 trained,
                 workers=self.workers,
                 local_steps=first.local_steps,
+                **self._carried_bytes(trained),
             ),
             flops={
                 "round": first.local_steps * step_flops[first.num_subnets],
@@ -335,6 +340,15 @@ class RunOnStage:
     @property
     def _full_config(self) -> TrainConfig:
         return replace(self.config, num_subnets=1)
+
+    def _carried_bytes(self, trained: Sequence[str]) -> dict[str, Any]:
+        """Carried optimiser state, for one entry of each parameter: moments, and what was seen."""
+        if self.config.optimizer_state != "carry" or callable(self.config.optimizer):
+            return {}
+        moments = 1 if self.config.optimizer == "sgd" else 2
+        parameters = dict(self.model.named_parameters())
+        sizes = {name: moments * parameters[name].element_size() + 1 for name in trained}
+        return {"state_bytes": sizes, "counts_steps": moments == 2}
 
     def _assignment(self, num_subnets: int, round: int) -> Assignment:
         return self.config.sampler(self.spec.sizes, num_subnets, seed=self.config.seed, round=round)

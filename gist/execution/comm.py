@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -72,8 +72,9 @@ class Comm:
     Attributes:
         rank: Of this process, from 0.
         size: ``W``.
-        sent: Bytes sent to other ranks so far.
-        received: Bytes received from other ranks so far.
+        sent: Bytes of tensors sent to other ranks so far.
+        received: Bytes of tensors received from other ranks so far.
+        told: Bytes of messages sent and received so far: settings, metrics, names.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Comm:
         self.group, self._pulse = group, pulse
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
-        self.sent = self.received = 0
+        self.sent = self.received = self.told = 0
 
     @property
     def is_distributed(self) -> bool:
@@ -149,15 +150,29 @@ class Comm:
         """Each rank's value, on every rank; it is sent as JSON."""
         if self.size == 1:
             return [value]
+        sent, received = self.sent, self.received
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         data = data.to(self.device)
         count = torch.tensor([data.numel()], device=self.device)
         counts = [int(each) for each in self.gather(count, [1] * self.size)]
-        return [json.loads(bytes(part.tolist())) for part in self.gather(data, counts)]
+        parts = self.gather(data, counts)
+        self.told += self.sent - sent + self.received - received
+        self.sent, self.received = sent, received
+        return [json.loads(bytes(part.tolist())) for part in parts]
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, on every rank; it is sent as JSON."""
         return self.gather_values(value if self.is_main else None)[0]
+
+    @torch.no_grad()
+    def fill_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors with rank 0's, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            data = tensor.detach().reshape(-1).view(torch.uint8)
+            counts = [data.numel()] + [0] * (self.size - 1)
+            own = data.to(self.device) if self.is_main else data.new_empty(0, device=self.device)
+            got = self.gather(own, counts)[0].to(tensor.device)
+            tensor.copy_(got.view(tensor.dtype).view(tensor.shape))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set."""
@@ -214,10 +229,13 @@ class Pulse:
         connect: Opens a connection of its own to the store that all ranks reach.
         rank: Of this process.
         size: ``W``.
+        serves: Whether this process keeps that store.
     """
 
-    def __init__(self, connect: Any, rank: int, size: int) -> None:
-        self._connect, self._rank, self._size = connect, rank, size
+    def __init__(
+        self, connect: Callable[[], dist.Store], rank: int, size: int, *, serves: bool
+    ) -> None:
+        self._connect, self._rank, self._size, self._serves = connect, rank, size, serves
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="gist-pulse", daemon=True)
         self._thread.start()
@@ -236,11 +254,17 @@ class Pulse:
             before = self._beats(store)
             time.sleep(_SILENT_SECONDS)
             after = self._beats(store)
+            lost = [rank for rank in range(self._size) if after[rank] == before[rank]]
+            deadline = time.monotonic() + 2 * _SILENT_SECONDS
+            looked = store.add("looked", 1)
+            while self._serves and looked < self._size - len(lost) and time.monotonic() < deadline:
+                time.sleep(0.1)  # the others still look
+                looked = store.add("looked", 0)
         except Exception:
-            return [0]  # who keeps the store, or the launcher beside it
-        return [rank for rank in range(self._size) if after[rank] == before[rank]]
+            return [0]  # who keeps the store
+        return lost
 
-    def _beats(self, store: Any) -> list[int]:
+    def _beats(self, store: dist.Store) -> list[int]:
         return [int(store.add(f"beat/{rank}", 0)) for rank in range(self._size)]
 
     def stop(self) -> None:
@@ -315,7 +339,12 @@ def _initialise(device: torch.device, backend: str, timeout: float) -> None:
     )
     short = timedelta(seconds=min(timeout, 30.0))
     _PULSES.append(
-        Pulse(lambda: dist.PrefixStore(prefix, _connect(host, port, short)), rank, size)
+        Pulse(
+            lambda: dist.PrefixStore(prefix, _connect(host, port, short)),
+            rank,
+            size,
+            serves=serves,
+        )
     )
     atexit.register(_leave)
 

@@ -10,7 +10,8 @@ import hashlib
 import json
 import sys
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,24 +81,28 @@ def make(name: str, **more: Any) -> GISTTrainer:
     return GISTTrainer(model, data, seed=5, **settings)
 
 
-def outcome(name: str, **more: Any) -> dict[str, Any] | None:
-    """Weights and history of a case; on rank 0."""
-    trainer = make(name, **more)
-    result = trainer.fit()
-    model = trainer.gather_model()
-    if model is None:
-        return None
+def outcome(name: str, **more: Any) -> dict[str, Any]:
+    """Weights and history of a case, on rank 0; and what each rank sent and received, by round."""
+    run = make(name, **more)
+    result = run.fit()
+    model = run.gather_model()
+    totals = [[0, 0], *([r.bytes_sent, r.bytes_received] for r in result.history)]
+    own = [[b - a for a, b in zip(*two, strict=True)] for two in pairwise(totals)]
     rounds = [[r.train_loss, r.val_metric, r.val_loss, r.test_metric] for r in result.history]
-    return {"weights": digest(model), "rounds": rounds, "best": result.best.round}
+    return {
+        "weights": None if model is None else digest(model),
+        "rounds": rounds,
+        "best": result.best.round,
+        "bytes": run.comm.gather_values(own),
+    }
 
 
 def main() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # every run collects garbage: not among a hundred thousand objects of libraries
     found = {name: outcome(name) for name in CASES}
-    if all(value is not None for value in found.values()):
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
-            json.dump(found, file)
+    if found["best"]["weights"] is not None:
+        Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

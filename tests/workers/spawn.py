@@ -16,7 +16,7 @@ def environment(**more: str) -> dict[str, str]:
     dropped = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
     for name in (*dropped, "PYTHONDONTWRITEBYTECODE"):  # every start would compile everything
         clean.pop(name, None)
-    return {**clean, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+    return {**clean, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(SCRIPTS.parents[1]), **more}
 
 
 def torchrun(

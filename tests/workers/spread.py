@@ -1,0 +1,314 @@
+"""Evaluates models that are spread over workers, and checks what comes out and what it takes.
+
+Run by test_spread.py under torchrun.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import traceback
+from typing import Any
+
+import torch
+import torch_geometric.nn as pyg
+import torch_geometric.nn.models as zoo
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gist.nn
+from gist import Adjacency, DisjointUniform, GISTTrainer, load_dataset
+from gist.errors import ConfigError
+from gist.execution.comm import Comm, join
+from gist.execution.distributed import ShardedStore
+from gist.graph.hidden import Hidden
+from gist.graph.inference import forward
+from gist.graph.live_bytes import LiveBytes
+from gist.graph.spread import Rehearsed, SpreadConv, SpreadLayerwise
+from gist.partition.spec import model_tensors
+from gist.partition.wiring import partition_spec
+from gist.spread import ShardPeers
+
+NODES, FEATURES, CLASSES = 30, 5, 3
+
+GAT: dict[str, Any] = {"family": "GAT", "width": 36}
+CASES: dict[str, dict[str, Any]] = {
+    "gcn": {"family": "GCN"},
+    "gcn batch": {"family": "GCN", "norm": "batch"},
+    "gcn graph norm": {"family": "GCN", "norm": pyg.LayerNorm(37)},
+    "gcn batch of all": {
+        "family": "GCN",
+        "norm": nn.BatchNorm1d(37, track_running_stats=False),
+        "act_first": True,
+    },
+    "gcn mean": {"family": "GCN", "aggr": "mean", "bias": False, "act": nn.PReLU()},
+    "gcn cat": {"family": "GCN", "jk": "cat", "layers": 4},
+    "gcn max": {"family": "GCN", "jk": "max", "layers": 4, "norm": "batch"},
+    "gcn last": {"family": "GCN", "jk": "last"},
+    "gcn narrows": {"family": "GCN", "features": 50, "width": 11},
+    "sage": {"family": "GraphSAGE"},
+    "sage float32": {"family": "GraphSAGE", "dtype": torch.float32},
+    "sage concat": {"family": "GraphSAGE", "concat": True},
+    "sage normalize": {"family": "GraphSAGE", "normalize": True, "norm": None},
+    "sage max": {"family": "pygGraphSAGE", "aggr": "max", "normalize": True, "messages": True},
+    "sage project": {"family": "GraphSAGE", "project": True, "whole": True},
+    "gin": {"family": "pygGIN", "train_eps": True, "eps": 0.3},
+    "gin batch cat": {"family": "pygGIN", "norm": "batch_norm", "jk": "cat"},
+    "gin max max": {"family": "pygGIN", "jk": "max", "layers": 4},
+    "gin no sums": {"family": "pygGIN", "aggr": "max", "whole": True},
+    "gat 1": {**GAT, "heads": 1},
+    "gat 4": {**GAT, "heads": 4, "norm": "batch"},
+    "gat heads": {**GAT, "heads": 6, "units": "heads"},
+    "gat residual cat": {**GAT, "heads": 3, "residual": True, "jk": "cat"},
+    "gat mean of heads": {**GAT, "heads": 2, "concat": False, "whole": True},
+    "gatv2 4": {**GAT, "heads": 4, "v2": True},
+    "gatv2 2": {**GAT, "heads": 2, "v2": True, "residual": True, "jk": "max", "whole": True},
+    "gatv2 shared": {**GAT, "heads": 6, "v2": True, "share_weights": True, "units": "heads"},
+    "fewer columns than ranks": {"family": "GCN", "width": 2, "whole": True},
+}
+
+
+def build(
+    *,
+    family: str,
+    width: int = 37,
+    layers: int = 3,
+    features: int = FEATURES,
+    dtype: torch.dtype = torch.float64,
+    whole: bool = False,
+    messages: bool = False,
+    **choice: Any,
+) -> nn.Module:
+    """A model with random parameters and statistics, the same on all ranks."""
+    sizes = (features, width, CLASSES, layers)
+    if family.startswith("pyg"):
+        model = getattr(zoo, family[3:])(features, width, layers, CLASSES, **choice)
+    else:
+        model = getattr(gist.nn, family)(*sizes, **choice)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = 0.5 * torch.randn(tensor.shape, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d) and module.running_var is not None:
+            module.running_var.abs_().add_(0.5)
+    return model.to(dtype).eval()
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of one tensor that an operation made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {
+            t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)
+        }
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    self.nbytes = max(self.nbytes, storage.nbytes())
+        return out
+
+
+def same(comm: Comm, scores: Tensor) -> bool:
+    """Whether every rank has the same bits."""
+    own = hashlib.sha256(scores.numpy().tobytes()).hexdigest()
+    return len(set(comm.gather_values(own))) == 1
+
+
+def expected_bytes(peers: ShardPeers, layers: SpreadLayerwise, small: list[str]) -> tuple[int, int]:
+    """What this rank sends and receives: entries that lie elsewhere, and columns of others."""
+    rank, size, shards = peers.rank, peers.size, peers.shards
+    sent = received = 0
+    convs = [layer.conv for layer in layers.layers]
+    taken = [(small, None), *((list(c.names), c.cuts) for c in convs)]  # type: ignore[attr-defined]
+    for names, cuts in taken:
+        for name in names:
+            owner, shape = shards.owner(name), shards.spec.layouts[name].shape
+            if owner is None:
+                continue
+            along = shards.homes[name].dim  # type: ignore[union-attr]
+            row = math.prod(shape) // shape[along] * shards.tensors[name].element_size()
+            wanted = [owner if cuts is None else owner[cut] for cut in cuts or [None] * size]
+            assert along == 0 or cuts is None
+            received += row * int((wanted[rank] != rank).sum())
+            sent += row * sum(int((wanted[r] == rank).sum()) for r in range(size) if r != rank)
+    for conv in convs:
+        assert isinstance(conv, SpreadConv)
+        if conv.cuts is None:
+            continue
+        own, item = conv.own.stop - conv.own.start, layers.x.element_size()
+        sent += (size - 1) * NODES * own * item
+        received += NODES * (conv.stage.width - own) * item
+        if getattr(conv.stage.module, "att_src", None) is not None:
+            folded = 2 * conv.stage.module.heads * conv._like.size(1) * item
+            sent += (size - 1) * folded
+            received += (size - 1) * folded
+    return sent, received
+
+
+def check(comm: Comm, name: str, settings: dict[str, Any]) -> None:
+    model = build(**settings)
+    first = next(iter(model.parameters()))
+    generator = torch.Generator().manual_seed(1)
+    edges = torch.randint(NODES - 1, (2, 100), generator=generator)  # a node is alone
+    edges = torch.cat([edges[:, edges[0] != edges[1]], torch.tensor([[3], [3]])], dim=1)
+    graph = Adjacency(edges, NODES)
+    width = settings.get("features", FEATURES)
+    x = torch.randn(NODES, width, generator=generator, dtype=first.dtype)
+    with torch.no_grad():
+        expected = forward(model, x, graph)
+    largest = max((t.nbytes for t in model_tensors(model).values()), default=0)
+    rehearsed = SpreadLayerwise(model, x, graph, Rehearsed(model, comm.rank, comm.size))
+    spec = partition_spec(model, None)
+    store = ShardedStore(model, spec, comm, torch.device("cpu"))
+    peers = ShardPeers(store.shards)
+    for scattered in (False, True):
+        if scattered:
+            _scatter(store)
+        made = Largest()
+        before = comm.sent, comm.received
+        with made:
+            layers = SpreadLayerwise(store.model, x, graph, peers)
+            limit = layers.most
+            scores = layers.run(limit)
+        later = {n for layer in layers.layers for n in layer.conv.names}  # type: ignore[attr-defined]
+        small = [n for n in model_tensors(model) if n not in later]
+        traffic = comm.sent - before[0], comm.received - before[1]
+        assert traffic == expected_bytes(peers, layers, small), (traffic, scattered)
+        apart = comm.size > 1 and not settings.keys() & {"whole", "messages", "features"}
+        assert not apart or made.nbytes < largest, (made.nbytes, largest)
+        _agrees(scores, expected)
+        assert same(comm, scores)
+        assert layers.smallest <= layers.enough <= layers.most
+        assert len({str(each) for each in comm.gather_values([layers.smallest, layers.most])}) == 1
+        assert rehearsed.smallest >= layers.smallest
+        assert rehearsed.sent_bytes == layers.sent_bytes
+        for share in (0.0, 0.3) if scattered else (0.02, 1.0):
+            limit = layers.smallest + int(share * (layers.enough - layers.smallest))
+            with LiveBytes() as live:
+                scores = SpreadLayerwise(store.model, x, graph, peers).run(limit)
+            assert live.peak <= limit, (live.peak, limit, share)
+            _agrees(scores, expected)
+            assert same(comm, scores), share
+    for tensor in model_tensors(store.model).values():
+        assert tensor.is_meta
+
+
+def _agrees(got: Tensor, expected: Tensor) -> None:
+    scale = 100 * torch.finfo(got.dtype).eps * float(expected.abs().max())
+    assert got.shape == expected.shape
+    assert float((got - expected).abs().max()) <= scale
+
+
+def _scatter(store: ShardedStore) -> None:
+    """A round in which nothing is trained: rows of vectors move to where they would have been."""
+    smallest = min(store.spec.sizes.values())
+    deal = DisjointUniform()(store.spec.sizes, min(5, smallest), seed=0, round=0)
+    shards = store.shards
+    with store.open(deal) as transfer:
+        for subnet in range(shards.comm.rank, deal.num_subnets, shards.comm.size):
+            transfer.save(transfer._parts[subnet])
+        transfer.finish()
+
+
+def check_files(comm: Comm) -> None:
+    """Hidden layers go to files where the limit has no room for them."""
+    made: list[tuple[int, int]] = []
+    in_file = Hidden.in_file
+
+    def noting(shape: tuple[int, int], *args: Any, **kwargs: Any) -> Hidden:
+        made.append(shape)
+        return in_file(shape, *args, **kwargs)
+
+    model = build(family="GraphSAGE", width=64)
+    nodes = 2000
+    graph = Adjacency(torch.randint(nodes, (2, 6000), generator=torch.Generator().manual_seed(0)), nodes)
+    x = torch.randn(nodes, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = forward(model, x, graph)
+    store = ShardedStore(model, partition_spec(model, None), comm, torch.device("cpu"))
+    layers = SpreadLayerwise(store.model, x, graph, ShardPeers(store.shards))
+    Hidden.in_file = noting  # type: ignore[method-assign]
+    try:
+        with LiveBytes() as live:
+            scores = layers.run(layers.smallest)
+    finally:
+        Hidden.in_file = in_file  # type: ignore[method-assign]
+    assert made == [(nodes, 64)] * 2
+    assert live.peak <= layers.smallest
+    _agrees(scores, expected)
+    assert same(comm, scores)
+
+
+def check_trainer(comm: Comm) -> None:
+    """What a trainer evaluates and predicts with is the same model."""
+    data = load_dataset("csbm", num_nodes=120, num_features=7, num_classes=3, seed=1)
+
+    def make(how: str, norm: str = "layer", **more: Any) -> GISTTrainer:
+        torch.manual_seed(0)
+        model = gist.nn.GraphSAGE(7, 20, 3, num_layers=3, norm=norm)
+        return GISTTrainer(
+            model, data, num_subnets=4, local_steps=2, rounds=3, evaluation=how, progress=False,
+            executor="serial" if comm.size == 1 and not comm.is_distributed else "auto", **more
+        )
+
+    run = make("layerwise")
+    assembles = ShardedStore.assembled
+    ShardedStore.assembled = None  # type: ignore[method-assign, assignment]
+    try:
+        result = run.fit()
+        scores = run.predict()
+        metrics = run.evaluate("test")
+    finally:
+        ShardedStore.assembled = assembles  # type: ignore[method-assign]
+    assert same(comm, scores)
+    whole = run.gather_model()
+    if whole is not None:
+        with torch.no_grad():
+            _agrees(scores, forward(whole, data.x, data.adjacency))
+    other = make("full")
+    assert other.fit().test_metric == result.test_metric
+    assert other.evaluate("test") == metrics
+    try:
+        make("layerwise", "batch")
+    except ConfigError as error:
+        assert "BatchNorm cannot be re-estimated" in str(error)
+    else:
+        raise AssertionError("not refused")
+    assert make("auto", "batch").fit().rounds if False else True
+    make("layerwise", "batch", recalibrate_bn=False).fit()
+    try:
+        make("layerwise", memory_limit=None)._spread  # noqa: B018
+    except AttributeError:
+        raise
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    comm = join(torch.device("cpu"), timeout=60)
+    wanted = sys.argv[1:]
+    for name, settings in CASES.items():
+        if wanted and name not in wanted:
+            continue
+        import time
+        start = time.perf_counter()
+        try:
+            check(comm, name, settings)
+        except Exception:
+            print(f"rank {comm.rank}, {name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            raise
+        if comm.is_main:
+            print(name, round(time.perf_counter() - start, 2), flush=True)
+    if not wanted:
+        check_files(comm)
+        check_trainer(comm)
+
+
+if __name__ == "__main__":
+    main()

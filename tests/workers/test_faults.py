@@ -1,0 +1,240 @@
+"""Nothing is lost: killed workers, cut files, SIGTERM, other numbers of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gist.checkpoint import load_checkpoint
+from gist.errors import CheckpointError
+from gist.execution.comm import listen
+from tests.workers import faults
+from tests.workers.equal import digest
+from tests.workers.spawn import SCRIPTS, environment, torchrun
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> str:
+    """The final weights of the run in one process."""
+    run = faults.trainer()
+    run.fit()
+    return digest(run.model)
+
+
+def settings(**given: Any) -> str:
+    return json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of four workers that stopped after three rounds of six."""
+    out = tmp_path_factory.mktemp("halfway") / "run"
+    torchrun("faults.py", settings(out=out, stop_after=3), workers=4)
+    return out
+
+
+@contextmanager
+def running(command: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**env),
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+            process.communicate()
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"no {text!r}:\n{process.communicate()[1]}")
+
+
+def test_killed_workers_change_nothing(undisturbed: str, tmp_path: Path):
+    result = tmp_path / "digest"
+    kill = [[0, 1, 2], [1, 0, 4]]
+    done = torchrun(
+        "faults.py",
+        settings(out=tmp_path / "run", result=result, kill=kill),
+        workers=3,
+        max_restarts=2,
+    )
+    assert "round 3 of attempt 1 is over" in done.stdout
+    assert "round 2 of attempt 0 is over" not in done.stdout
+    assert "round 5 of attempt 2 is over" in done.stdout
+    assert result.read_text() == undisturbed
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_run_goes_on_with_other_numbers_of_workers(
+    halfway: Path, undisturbed: str, workers: int, tmp_path: Path
+):
+    given = settings(resume=halfway, result=tmp_path / "digest")
+    torchrun("faults.py", given, workers=workers)
+    assert (tmp_path / "digest").read_text() == undisturbed
+
+
+def test_a_run_of_workers_goes_on_in_one_process(halfway: Path, undisturbed: str):
+    run = faults.trainer()
+    run.fit(resume=halfway)
+    assert digest(run.model) == undisturbed
+
+
+def test_a_run_of_one_process_goes_on_with_workers(undisturbed: str, tmp_path: Path):
+    run = faults.trainer(
+        out=tmp_path / "run", checkpoint_every=1, callbacks=(lambda _, r: r.round == 2,)
+    )
+    run.fit()
+    given = settings(resume=tmp_path / "run", result=tmp_path / "digest")
+    torchrun("faults.py", given, workers=2)
+    assert (tmp_path / "digest").read_text() == undisturbed
+
+
+def test_every_rank_wrote_its_part(halfway: Path):
+    checkpoint = load_checkpoint(halfway)
+    assert checkpoint.folder.name == "round-000003"
+    for name in ("model", "best", "executor"):
+        files = checkpoint.files(name)
+        assert len(files) == 4
+        sizes = [file.stat().st_size for file in files]
+        assert max(sizes) < 0.5 * sum(sizes)
+
+
+def test_a_checkpoint_cut_short_anywhere_is_passed_over(halfway: Path, tmp_path: Path):
+    newest = load_checkpoint(halfway).folder
+    for file in sorted(newest.iterdir()):
+        data = file.read_bytes()
+        step = max(len(data) // 12, 1)
+        for cut in [*range(0, len(data), step), len(data) - 1, None]:
+            copy = tmp_path / "run"
+            shutil.copytree(halfway, copy)
+            damaged = copy / "checkpoints" / newest.name / file.name
+            damaged.unlink() if cut is None else damaged.write_bytes(data[:cut])
+            assert load_checkpoint(copy).folder.name == "round-000002", (file.name, cut)
+            shutil.rmtree(copy)
+
+
+def test_a_write_that_was_interrupted_is_no_checkpoint(halfway: Path, tmp_path: Path):
+    copy = tmp_path / "run"
+    shutil.copytree(halfway, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        folder.rename(folder.with_name(f".writing-{folder.name}"))
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_the_others_name_the_worker_that_died(lost: int):
+    listener = listen("127.0.0.1")
+    port = str(listener.getsockname()[1])
+    listener.close()
+    given = settings(kill=[[0, lost, 2]])
+    command = [sys.executable, str(SCRIPTS / "faults.py"), given]
+    start = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(
+                RANK=str(rank),
+                WORLD_SIZE="3",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+        )
+        for rank in range(3)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert time.monotonic() - start < 60, "long before the worker_timeout"
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        if rank == lost:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 1, output
+            assert f"WorkerLostError: rank {rank} stops, because rank {lost} died" in output
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_sigterm_ends_the_round_and_keeps_it(workers: int, undisturbed: str, tmp_path: Path):
+    out = tmp_path / "run"
+    script = [str(SCRIPTS / "faults.py"), settings(out=out, slow=0.3)]
+    command = [sys.executable, *script]
+    if workers > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+        command = [sys.executable, *launcher, *script]
+    with running(command) as process:
+        wait_for(process, "round 1 of")
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)
+        assert process.returncode == (143 if workers == 1 else 1), output
+        assert not psutil.wait_procs(children, timeout=10)[1], "no process is left"
+    rounds = len(load_checkpoint(out).state["history"])
+    assert 2 <= rounds < faults.ROUNDS
+    run = faults.trainer()
+    run.fit(resume=out)
+    assert digest(run.model) == undisturbed
+
+
+def test_workers_that_differ_are_refused():
+    done = torchrun("odd.py", workers=2, check=False)
+    assert done.returncode != 0
+    assert "the workers were started on different runs" in done.stderr
+    assert "num_subnets" in done.stderr or "settings" in done.stderr
+
+
+def test_nothing_listens_on_other_addresses(tmp_path: Path):
+    """``gist train --workers``: neither the store nor Gloo is reachable from outside."""
+    train = ["digits", "--subnets", "2", "--epochs", "4000", "--workers", "2"]
+    command = [sys.executable, "-m", "gist", "train", *train, "--out", str(tmp_path)]
+    with running(command) as process:
+        parent, seen = psutil.Process(process.pid), set[str]()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            family = [parent, *parent.children(recursive=True)]
+            for each in family:
+                try:
+                    connections = each.net_connections("tcp")
+                except psutil.Error:
+                    continue
+                seen |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+            if len(family) >= 4 and _talking(family):
+                break
+            time.sleep(0.2)
+        assert seen == {"127.0.0.1"}
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert load_checkpoint(tmp_path).state["history"], "told to stop, it kept what it had"
+    assert os.listdir(tmp_path / "checkpoints")
+
+
+def _talking(family: list[psutil.Process]) -> bool:
+    """Whether the workers train: each has connections to the others by then."""
+    return sum(each.is_running() and each.cpu_times().user > 6 for each in family[-2:]) == 2
