@@ -12,7 +12,9 @@ from gist.errors import (
     GistError,
     MissingDependencyError,
     PartitionError,
+    WorkerLostError,
 )
+from gist.execution.comm import local_device
 from gist.graph.adjacency import Adjacency
 from gist.graph.batch import BatchRecipe, BatchSource, FullGraph, GraphBatch
 from gist.graph.clusters import Cluster
@@ -25,7 +27,16 @@ from gist.history import RoundRecord, TrainResult
 from gist.partition.builder import Layer, SpecBuilder
 from gist.partition.rules.registry import Rule, register_rule
 from gist.partition.rules.torch import OnHeld
-from gist.partition.samplers import Bernoulli, Categorical, DisjointUniform, Overlapping, Sampler
+from gist.partition.samplers import (
+    Bernoulli,
+    Categorical,
+    DisjointUniform,
+    Fixed,
+    Overlapping,
+    Proportional,
+    Sampler,
+    Whole,
+)
 from gist.partition.spec import Axis, PartitionSpec
 from gist.partition.wiring import partition_spec
 from gist.trainer import GISTTrainer, SubnetTrainer
@@ -48,6 +59,7 @@ __all__ = [
     "DisjointUniform",
     "DivergedError",
     "FastGCN",
+    "Fixed",
     "FullGraph",
     "GISTTrainer",
     "GistError",
@@ -60,6 +72,7 @@ __all__ = [
     "Overlapping",
     "PartitionError",
     "PartitionSpec",
+    "Proportional",
     "PyGLoader",
     "RoundRecord",
     "Rule",
@@ -68,9 +81,12 @@ __all__ = [
     "SubnetTrainer",
     "TrainConfig",
     "TrainResult",
+    "WorkerLostError",
+    "Whole",
     "__version__",
     "estimate_costs",
     "load_dataset",
+    "local_device",
     "nn",
     "partition_spec",
     "prepare_dataset",

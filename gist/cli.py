@@ -34,7 +34,7 @@ from gist.config import (
 from gist.costs.costs import render as render_costs
 from gist.errors import ConfigError, GistError
 from gist.execution.comm import local_device
-from gist.experiment import METHODS, MODELS, Experiment, plan_run
+from gist.experiment import BASELINES, METHODS, MODELS, Experiment, plan_run
 from gist.graph.batch import training_graph
 from gist.graph.cards import list_cards, load_card
 from gist.graph.clusters import Cluster
@@ -110,6 +110,10 @@ MaxRestarts = Annotated[
     int,
     typer.Option(min=0, help="Start all workers again, at the last checkpoint, when one has died."),
 ]
+Capacities = Annotated[
+    str | None,
+    typer.Option(help="Relative speeds of the workers, with commas, or measured: sizes subnets."),
+]
 Backend = Annotated[
     str | None, typer.Option(help=f"What workers talk through: {' or '.join(BACKENDS)}.")
 ]
@@ -173,6 +177,7 @@ def train(
     ] = None,
     workers: Workers = None,
     max_restarts: MaxRestarts = 0,
+    capacities: Capacities = None,
     backend: Backend = None,
     worker_timeout: WorkerTimeout = None,
     out: Annotated[
@@ -237,6 +242,9 @@ def compare(
         str, typer.Option(help="Values of m, with commas; a schedule as 0.6:8/0.4:1.")
     ] = "1,2,4,8",
     full: Annotated[bool, typer.Option(help="Also train the full model.")] = True,
+    baselines: Annotated[
+        str, typer.Option(help=f"Also train, with commas: {', '.join(BASELINES)}.")
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     data: DataOption = None,
     model: Model = None,
@@ -299,7 +307,14 @@ def compare(
 
     values = [parse_subnets(text.replace("/", ",")) for text in subnets.split(",")]
     table = run_comparison(
-        experiment, values, full=full, seeds=seeds, device=device, out=out, on_run=announce
+        experiment,
+        values,
+        full=full,
+        baselines=[name for name in baselines.split(",") if name],
+        seeds=seeds,
+        device=device,
+        out=out,
+        on_run=announce,
     )
     table["command"] = _command()
     if out is not None:
@@ -511,6 +526,7 @@ _TRAIN_SETTINGS = (
     "checkpoint_every",
     "backend",
     "worker_timeout",
+    "capacities",
     "out",
 )
 
@@ -521,7 +537,18 @@ def _given(parameters: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]
         given["norm"] = None
     if "out" in given:
         given["out"] = str(given["out"])
+    if given.get("capacities", "measured") != "measured":
+        given["capacities"] = _numbers("capacities", given["capacities"])
     return given
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"cannot read {name}", got=repr(text), expected="numbers such as 1,0.5"
+        ) from None
 
 
 def _pairs(options: list[str] | None) -> dict[str, Any]:

@@ -15,8 +15,12 @@ from rich.table import Table
 
 from gist.checkpoint import write_atomically
 from gist.config import SubnetSchedule
-from gist.experiment import Experiment
+from gist.experiment import BASELINES, Experiment
+from gist.graph.metrics import one_of
 from gist.plan import plan_rounds
+
+_SHORT_NAME = 6
+"""Letters of a method's name in a table with room between its columns."""
 
 
 def compare(
@@ -24,6 +28,7 @@ def compare(
     subnets: Sequence[int | SubnetSchedule],
     *,
     full: bool = True,
+    baselines: Sequence[str] = (),
     seeds: int = 1,
     device: str = "cpu",
     out: Path | None = None,
@@ -39,6 +44,8 @@ def compare(
         base: Dataset and settings that all runs share.
         subnets: Values of m to compare.
         full: Whether to run the full model, which speedups then refer to.
+        baselines: Names of :data:`~gist.experiment.BASELINES`, which are run too for each number of
+            subnets above 1; a schedule of subnets has no baselines.
         seeds: Number of seeds, from ``base.seed`` on.
         device: Where to run.
         out: Receives ``table.json`` and, below ``runs/``, every run.
@@ -47,10 +54,21 @@ def compare(
     Returns:
         ``dataset``, ``metric`` and ``rows``, one row per method: mean and standard deviation of the
         metrics over the seeds (unbiased), median seconds, speedup, peak memory, parameters.
+
+    Raises:
+        ConfigError: an unknown baseline, or a setting that cannot be used.
     """
+    for name in baselines:
+        one_of("baseline", name, BASELINES)
     data = base.load_data()
     methods = [replace(base, method="full")] if full else []
     methods += [replace(base, settings={**base.settings, "num_subnets": m}) for m in subnets]
+    methods += [
+        replace(base, method=name, settings={**base.settings, "num_subnets": m})
+        for name in baselines
+        for m in subnets
+        if isinstance(m, int) and m > 1
+    ]
     rounds = []
     for method in methods:  # what is computed once (kept products, kernels) is charged to none
         settings = {**method.settings, "fast_dev_run": True, "progress": False}
@@ -105,12 +123,13 @@ def render(table: dict[str, Any]) -> Table:
     """The comparison as a table for the terminal, 80 columns wide or less."""
     total = table["rows"][0]["num_parameters"]
     seeds = table["rows"][0]["seeds"]
+    crowded = any(len(row["method"]) > _SHORT_NAME for row in table["rows"])
     view = Table(
         title=f"{table['dataset']}: {table['metric']} in %, at the best validation round",
         caption=f"{seeds} seed{'s' if seeds > 1 else ''}; MiB: peak memory; "
         f"per subnet: parameters of {total:,}",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=(0, 0 if crowded else 1, 0, 0),
         show_edge=False,
     )
     view.add_column("method", no_wrap=True)
@@ -173,8 +192,8 @@ def _label(method: Experiment) -> str:
         return "full"
     subnets = method.settings["num_subnets"]
     if isinstance(subnets, int):
-        return f"gist-m{subnets}"
-    return "gist-" + "-".join(f"{share:g}x{m}" for share, m in subnets)
+        return f"{method.method}-m{subnets}"
+    return f"{method.method}-" + "-".join(f"{share:g}x{m}" for share, m in subnets)
 
 
 def _column_text(subnets: Any) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gist.errors import ConfigError
-from gist.partition.samplers import DisjointUniform, Sampler
+from gist.partition.samplers import DisjointUniform, Proportional, Sampler
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LearningRateSchedule = Callable[[float], float]
@@ -62,6 +62,9 @@ class TrainConfig:
             ``"serial"``, and refuses to run without workers.
         shared_batches: Whether all subnets of a round see the same batches, or each its own. None
             lets serial subnets see their own (the papers), stacked and auto ones the same.
+        capacities: Speeds of the workers, relative to each other, where they are not equal; or
+            ``"measured"``, when the run starts. Subnets are then sized so that their workers take
+            about equally long (:class:`~gist.Proportional`).
         backend: What workers talk through: ``"nccl"`` or ``"gloo"``; None for NCCL between GPUs.
         worker_timeout: Seconds that a worker waits for the others in one exchange.
         memory_limit: Bytes each worker may take, or text such as ``"8GiB"``; None for what is free.
@@ -102,6 +105,7 @@ class TrainConfig:
     width_correction: bool | None = None
     executor: str = "auto"
     shared_batches: bool | None = None
+    capacities: str | Sequence[float] | None = None
     backend: str | None = None
     worker_timeout: float = 1800.0
     memory_limit: int | str | None = None
@@ -178,7 +182,33 @@ class TrainConfig:
             raise ConfigError("seed must be an integer", got=repr(self.seed))
         if not all(callable(callback) for callback in self.callbacks):
             raise ConfigError("callbacks must be functions", got=repr(self.callbacks))
+        self._check_capacities()
         self._check_subnets()
+
+    def _check_capacities(self) -> None:
+        if self.capacities is None:
+            return
+        if self.capacities != "measured":
+            given = () if isinstance(self.capacities, str) else tuple(self.capacities)
+            if not given or not all(_is_number(speed) and speed > 0 for speed in given):
+                raise ConfigError(
+                    "capacities must be positive numbers, one for each worker",
+                    got=repr(self.capacities),
+                    expected="such as (1.0, 0.5), or 'measured'",
+                )
+            object.__setattr__(self, "capacities", tuple(float(speed) for speed in given))
+        if type(self.sampler) is not DisjointUniform:
+            raise ConfigError(
+                "capacities size the subnets of a random partition, and of no other sampler",
+                got=type(self.sampler).__name__,
+                remedy="leave capacities or sampler out",
+            )
+
+    def sampler_for(self, capacities: Sequence[float] | None = None) -> Sampler:
+        """How units are dealt to workers of these speeds; by default of the given ones."""
+        if capacities is None and not isinstance(self.capacities, str):
+            capacities = self.capacities
+        return self.sampler if capacities is None else Proportional.to_speed(capacities)
 
     def _normalize(self) -> None:
         """Whole numbers of other libraries become int, a path a str, one callback a tuple."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -12,8 +12,16 @@ import torch
 from torch import nn
 
 import gist
-from gist.baselines import full_model_settings
-from gist.config import TrainConfig
+from gist.baselines import (
+    DataParallelTrainer,
+    EnsembleTrainer,
+    data_parallel_settings,
+    ensemble_settings,
+    full_model_settings,
+    local_sgd_settings,
+)
+from gist.baselines.data_parallel import require_even_shares
+from gist.config import GraphConfig, TrainConfig, split_settings
 from gist.costs.costs import Costs
 from gist.costs.estimate import estimate_costs
 from gist.errors import ConfigError
@@ -24,10 +32,20 @@ from gist.graph.outline import GraphShape
 from gist.history import TrainResult
 from gist.nn import GAT, GCN, GraphSAGE
 from gist.partition.streams import seeded
-from gist.trainer import GISTTrainer
+from gist.trainer import GISTTrainer, require_subnets
 
 MODELS = ("gcn", "sage", "sage-concat", "gat")
-METHODS = ("gist", "full")
+BASELINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "local-sgd": local_sgd_settings,
+    "data-parallel": data_parallel_settings,
+    "ensemble": ensemble_settings,
+}
+"""What subnets are compared with, besides the full model, and how it changes settings."""
+
+METHODS = ("gist", "full", *BASELINES)
+_WHOLE = ("full", "local-sgd", "data-parallel")
+"""Methods that train the whole model: with the settings of a card for the whole model."""
+
 _MEASURED_WITH = {"num_subnets", "hidden", "epochs", "rounds", "fast_dev_run"}
 """Settings that a card's schedule of subnets was measured with: it goes with no others."""
 
@@ -41,7 +59,9 @@ class Experiment:
 
     Attributes:
         dataset: As :func:`gist.load_dataset` takes it.
-        method: ``"gist"``, or ``"full"`` for ordinary training of the whole model.
+        method: ``"gist"``; ``"full"`` for ordinary training of the whole model; or one of
+            :data:`BASELINES`, of which ``num_subnets`` says how many replicas, batches per step or
+            members there are.
         data_options: Options of the dataset.
         settings: Model settings (model, hidden, layers, norm, dropout, heads) and the attributes of
             :class:`~gist.config.GraphConfig` and :class:`~gist.config.TrainConfig`; what is not
@@ -76,14 +96,27 @@ class Experiment:
             )
         known = load_card(self.dataset)
         subnets = self.settings.get("num_subnets", TrainConfig.num_subnets)
-        if not any(self.settings.get(name) for name in _MEASURED_WITH):
+        if self.method == "gist" and not any(self.settings.get(name) for name in _MEASURED_WITH):
             subnets = known.settings.defaults.num_subnets or subnets
         most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
-        card = known.settings_for(1 if self.method == "full" else most)
+        card = known.settings_for(1 if self.method in _WHOLE else most)
         if "rounds" in self.settings:
             del card["epochs"]
         settings = {**card, "num_subnets": subnets, **self.settings, "seed": self.seed}
-        return full_model_settings(settings) if self.method == "full" else settings
+        return _settings_of(self.method, settings)
+
+    def check_workers(self, workers: int) -> None:
+        """Refuses settings that cannot be used, before any worker is started.
+
+        Raises:
+            ConfigError: one of them, or more workers than subnets.
+        """
+        settings = {k: v for k, v in self.resolved().items() if k not in MODEL_SETTINGS}
+        _, training = split_settings(settings, GraphConfig, TrainConfig)
+        config = TrainConfig.from_settings(training)
+        require_subnets(config, workers)
+        if self.method == "data-parallel":
+            require_even_shares(config, workers)
 
     def load_data(self) -> GraphData:
         """The dataset."""
@@ -109,7 +142,8 @@ class Experiment:
                 model = build_model(data, seed=self.seed, **model_settings)
         else:
             model = build_model(data, seed=self.seed, **model_settings).to(device)
-        return GISTTrainer(model, data, **settings)
+        kinds = {"data-parallel": DataParallelTrainer, "ensemble": EnsembleTrainer}
+        return kinds.get(self.method, GISTTrainer)(model, data, **settings)
 
     def summary(self, trainer: GISTTrainer, result: TrainResult) -> dict[str, Any]:
         """The run and its outcome as JSON values, as ``gist train --json`` writes them."""
@@ -123,7 +157,7 @@ class Experiment:
             "hidden": settings["hidden"],
             "layers": settings["layers"],
             "subnets": subnets if isinstance(subnets, int) else [list(p) for p in subnets],
-            "workers": 1,
+            "workers": trainer.comm.size,
             "local_steps": trainer.config.local_steps,
             "epochs": result.history[-1].epochs,
             "seed": self.seed,
@@ -164,9 +198,18 @@ def plan_run(
         workers: Processes that the subnets are spread over.
 
     Raises:
-        ConfigError: a setting that cannot be used, or a size that is missing.
+        ConfigError: a setting that cannot be used, a size that is missing, or a method that cannot
+            be planned.
         PartitionError: a model that cannot be partitioned into that many subnets.
     """
+    if method in ("data-parallel", "ensemble"):
+        raise ConfigError(
+            "this method cannot be planned",
+            got=repr(method),
+            expected="'gist', 'full' or 'local-sgd'",
+            remedy="plan 'full' for what data parallel training takes on each worker; a plan of "
+            "'gist' says what it exchanges, and about what an ensemble takes",
+        )
     given: dict[str, Any] = dict(sizes or {})
     settings = dict(settings or {})
     if dataset is not None:
@@ -183,12 +226,18 @@ def plan_run(
             )
         shape = GraphShape(**given)
         settings = {**settings, "seed": seed}
-        settings = full_model_settings(settings) if method == "full" else settings
+        settings = _settings_of(method, settings)
     model_settings = {k: settings.pop(k) for k in MODEL_SETTINGS if k in settings}
     settings.setdefault("out", "run")  # nothing is written
     with torch.device("meta"):
         model = build_model(shape, seed=seed, **model_settings)
     return estimate_costs(model, shape, workers=workers, device=device, **settings)
+
+
+def _settings_of(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, changed as a method wants them."""
+    changes = {"full": full_model_settings, **BASELINES}
+    return changes[method](settings) if method in changes else settings
 
 
 def build_model(

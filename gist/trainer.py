@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,13 +23,16 @@ from gist.costs.room import Room, find_room
 from gist.errors import CheckpointError, ConfigError, PartitionError
 from gist.execution.allocator import gives_back_freed_memory, keeps_freed_memory
 from gist.execution.auto import AutoExecutor
-from gist.execution.local import make_optimizer
 from gist.execution.comm import join
 from gist.execution.distributed import ShardedStore
+from gist.execution.executor import Executor
+from gist.execution.local import make_optimizer
 from gist.execution.make import make_executor, make_store
 from gist.execution.mapped import MODEL_FILE
 from gist.execution.memory import PeakMemory, free_memory, memory_in_use
 from gist.execution.objective import Objective
+from gist.execution.speed import measure_speed
+from gist.execution.store import Store
 from gist.execution.tensorfile import FileLayout, write_tensors
 from gist.graph.batch import BatchRecipe, FullGraph
 from gist.graph.clusters import Cluster
@@ -45,6 +48,7 @@ from gist.partition.transfer import held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import RoundPlan, plan_rounds
 from gist.progress import RoundProgress
+from gist.spread import SpreadEvaluation, is_spread
 from gist.termination import Termination, restarts
 from gist.verify import small_model, verify_grouping, verify_wiring
 
@@ -84,6 +88,7 @@ class SubnetTrainer:
     Attributes:
         model: The global model; after :meth:`fit`, in its best validation round, or in the last
             with ``keep_best=False``. Under torchrun it has no values: see :meth:`gather_model`.
+        capacities: Relative speeds of the workers, where subnets are sized by them; else None.
         comm: The workers; this process alone where it was not started by torchrun.
         store: Where its tensors live.
         spec: Its partition spec.
@@ -117,6 +122,7 @@ class SubnetTrainer:
             self.device, backend=self.config.backend, timeout=self.config.worker_timeout
         )
         self._check_workers()
+        self.capacities = self._find_capacities()
         self.model, self.objective = model, objective
         self.spec: PartitionSpec = partition_spec(model, wiring)
         self._check_subnets()
@@ -132,25 +138,9 @@ class SubnetTrainer:
         if self.config.out is not None:
             _make_folder(Path(self.config.out))
         self._check_alike()
-        self.store = make_store(model, self.spec, self.config, self.comm, self.device)
+        self.store = self._make_store()
         self.most_stacked = None if self.room is None else self.room.most
-        self._make_executor = partial(
-            make_executor,
-            model,
-            self.spec,
-            objective,
-            self.config,
-            store=self.store,
-            comm=self.comm,
-            check_grouping=lambda: verify_grouping(
-                model,
-                objective.sample_inputs,
-                loss=self._sample_loss,
-                wiring=wiring,
-                seed=self.config.seed,
-            ),
-            say=self._say,
-        )
+        self._make_executor = self._executor_maker(wiring)
         self.executor = self._make_executor(most=self.most_stacked)
         self.history: list[RoundRecord] = []
         self.best: RoundRecord | None = None
@@ -248,8 +238,8 @@ class SubnetTrainer:
         return self.history[-1]
 
     def assign(self, plan: RoundPlan) -> Assignment:
-        """The assignment of a round: a function of (seed, round) alone."""
-        return self.config.sampler(
+        """The assignment of a round: a function of (seed, round), and capacities, alone."""
+        return self.config.sampler_for(self.capacities)(
             self.spec.sizes, plan.num_subnets, seed=self.config.seed, round=plan.index
         )
 
@@ -323,6 +313,41 @@ class SubnetTrainer:
         model = self.store.assembled()
         return None if model is None else model.eval()
 
+    def _make_store(self) -> Store:
+        """Where the global parameters live."""
+        return make_store(self.model, self.spec, self.config, self.comm, self.device)
+
+    def _executor_maker(self, wiring: Wiring | None) -> Callable[..., Executor]:
+        """What makes the executor, given ``most``, the subnets that memory has room for at once."""
+        return partial(
+            make_executor,
+            self.model,
+            self.spec,
+            self.objective,
+            self.config,
+            store=self.store,
+            comm=self.comm,
+            check_grouping=lambda: verify_grouping(
+                self.model,
+                self.objective.sample_inputs,
+                loss=self._sample_loss,
+                wiring=wiring,
+                seed=self.config.seed,
+            ),
+            say=self._say,
+        )
+
+    def _find_capacities(self) -> tuple[float, ...] | None:
+        """Relative speeds of the workers, if they count; measured by all of them where asked for."""
+        given = self.config.capacities
+        if given != "measured":
+            assert not isinstance(given, str), "checked by TrainConfig"
+            return None if given is None else tuple(given)
+        speeds = self.comm.gather_values(measure_speed(self.device))
+        found = tuple(round(speed / max(speeds), 2) for speed in speeds)
+        self._say(f"measured capacities of the workers: {', '.join(map(str, found))}")
+        return found
+
     def _check_workers(self) -> None:
         if self.config.executor == "distributed" and not self.comm.is_distributed:
             raise ConfigError(
@@ -390,7 +415,8 @@ class SubnetTrainer:
                 remedy="use a model with at least one hidden layer, or num_subnets=1",
             )
         for _, m in self.config.phases:
-            self.config.sampler(self.spec.sizes, m, seed=self.config.seed, round=0)
+            sampler = self.config.sampler_for(self.capacities)
+            sampler(self.spec.sizes, m, seed=self.config.seed, round=0)
 
     def _result(self, peak_memory_bytes: int) -> TrainResult:
         assert self.best is not None, "the last round that ran is evaluated"
@@ -486,6 +512,7 @@ class SubnetTrainer:
             "best_round": None if self.best is None else self.best.round,
             "executor_choices": self.executor_choices,
             "most_stacked": self.most_stacked,
+            "capacities": self.capacities,
             **self._more_choices(),
         }
         return checkpoint.save_checkpoint(
@@ -534,6 +561,8 @@ class SubnetTrainer:
         self.store.read(found.files("model"))
         if found.files("best"):
             self.store.read_kept(found.files("best"))
+        if self.config.capacities == "measured":
+            self.capacities = tuple(found.state["capacities"])
         self._restore_most(found.state.get("most_stacked"))
         self.executor.read_state(found.files("executor"))
         if isinstance(self.executor, AutoExecutor):
@@ -601,6 +630,9 @@ class GISTTrainer(SubnetTrainer):
     Graphs larger than a step train on clusters: ``clusters=1500, clusters_per_batch=10``, or on
     other batches: ``batches=LADIES(nodes_per_layer=(512, 512))``.
 
+    Under torchrun a model that is large, or with ``evaluation="layerwise"`` any, is evaluated layer by
+    layer by all workers, and never assembled (:mod:`gist.spread`).
+
     Args:
         model: A :mod:`gist.nn` model, a PyG ``GCN``, ``GraphSAGE``, ``GAT`` or ``GIN``, or any
             module of ``(x, edge_index)`` together with ``wiring``.
@@ -610,11 +642,17 @@ class GISTTrainer(SubnetTrainer):
         **settings: The attributes of :class:`~gist.config.GraphConfig` and
             :class:`~gist.config.TrainConfig`.
 
+    Attributes:
+        spread: How all workers evaluate the model; None where one of them does.
+
     Raises:
         DataError: data that cannot be trained on.
         ConfigError: settings that cannot be used.
         PartitionError: a model that cannot be partitioned.
     """
+
+    spread: SpreadEvaluation | None = None
+    _spreads = False
 
     def __init__(
         self,
@@ -643,6 +681,33 @@ class GISTTrainer(SubnetTrainer):
         if not self.comm.is_distributed:  # else it is chosen when there is a model
             with self._as_found():
                 objective.choose_inference(self.model, self._inference_limit())
+        elif self._spreads:
+            self._spread_evaluation(objective.data)
+
+    def _make_store(self) -> Store:
+        if self.comm.is_distributed:
+            how = self.graph_config.evaluation
+            self._spreads = is_spread(self.model, how, self.config, say=self._say)
+        return super()._make_store()
+
+    def _spread_evaluation(self, data: GraphData) -> None:
+        """Makes all workers evaluate; refused where that has no room."""
+        assert isinstance(self.store, ShardedStore)
+        limit = min(self.comm.gather_values(self._inference_limit()))
+        self.spread = SpreadEvaluation(
+            store=self.store, x=data.x, graph=data.adjacency, memory_limit=limit
+        )
+        with self._as_found():
+            self.spread.check()
+
+    def _metrics(self, recalibrate: RoundPlan | None = None) -> dict[str, float]:
+        if self.spread is None:
+            return super()._metrics(recalibrate)
+        assert isinstance(self.objective, GraphObjective)
+        scores = self.spread.scores()
+        measure = partial(self.objective.measure, scores)
+        metrics: dict[str, float] = self.comm.on_main(measure)
+        return metrics
 
     @property
     def metric(self) -> str:
@@ -652,7 +717,13 @@ class GISTTrainer(SubnetTrainer):
     def _find_room(self) -> Room | None:
         assert isinstance(self.objective, GraphObjective)
         return find_room(
-            self.model, self.spec, self.objective, self.config, self.device, say=self._say
+            self.model,
+            self.spec,
+            self.objective,
+            self.config,
+            self.device,
+            comm=self.comm,
+            say=self._say,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -665,6 +736,8 @@ class GISTTrainer(SubnetTrainer):
         """Scores of every node by the model as it is now: ``[N, num_classes]``."""
         assert isinstance(self.objective, GraphObjective)
         with self._as_found():
+            if self.spread is not None:
+                return self.spread.scores()
             if not isinstance(self.store, ShardedStore):
                 return self.objective.predict(self.model.eval())
             model, scores = self.store.assembled(), torch.empty(0)
@@ -678,21 +751,29 @@ class GISTTrainer(SubnetTrainer):
     def _more_choices(self) -> dict[str, Any]:
         assert isinstance(self.objective, GraphObjective)
         inference = self.objective.inference
-        return {"inference": None if inference is None else asdict(inference)}
+        return {
+            "inference": None if inference is None else asdict(inference),
+            "spread_limit": None if self.spread is None else self.spread.memory_limit,
+        }
 
     def _restore_more(self, state: dict[str, Any]) -> None:
         assert isinstance(self.objective, GraphObjective)
         chosen = state.get("inference")
-        if chosen is None:
-            return
-        free = free_memory(self.device)
-        if chosen["memory_limit"] > free:
+        if chosen is not None and self._still_free(chosen["memory_limit"]):
+            self.objective.inference = Inference(**chosen)
+        limit = state.get("spread_limit")
+        if limit is not None and self.spread is not None and self._still_free(limit):
+            self.spread = replace(self.spread, memory_limit=limit)
+
+    def _still_free(self, limit: int) -> bool:
+        """Whether every worker may take as much for an evaluation as before; says so if not."""
+        free = min(self.comm.gather_values(free_memory(self.device)))
+        if limit > free:
             self._say(
-                f"evaluation decides anew what to keep in memory: {chosen['memory_limit']:,} bytes "
+                f"evaluation decides anew what to keep in memory: {limit:,} bytes "
                 f"were allowed so far, {free:,} are free; metrics may differ by rounding"
             )
-            return
-        self.objective.inference = Inference(**chosen)
+        return bool(limit <= free)
 
     def _inference_limit(self) -> int:
         """Bytes that an evaluation may take beside all that stays."""
@@ -700,7 +781,8 @@ class GISTTrainer(SubnetTrainer):
             return self.room.evaluation
         limit = self.config.memory_limit
         if limit is None:
-            return default_memory_limit(self.device, free_memory(self.device))
+            sharing = self.comm.ranks_here if self.device.type == "cpu" else 1
+            return default_memory_limit(self.device, free_memory(self.device) // sharing)
         assert isinstance(limit, int), "parsed by TrainConfig"
         return default_memory_limit(self.device, max(limit - memory_in_use(self.device), 0))
 

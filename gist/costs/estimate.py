@@ -21,6 +21,7 @@ from gist.execution.allocator import GROWTH
 from gist.execution.local import make_optimizer
 from gist.execution.mapped import RESIDENT_BYTES
 from gist.execution.memory import free_memory, memory_in_use
+from gist.execution.shards import Home, exchange_groups
 from gist.execution.stacked import check_optimizer
 from gist.execution.tensorfile import FileLayout
 from gist.graph.clusters import Cluster
@@ -30,7 +31,7 @@ from gist.graph.layerwise import Layerwise, layerwise_obstacle
 from gist.graph.outline import GraphShape, OutlineObjective
 from gist.partition.assignment import Assignment
 from gist.partition.spec import PartitionSpec, model_tensors
-from gist.partition.transfer import held_entries
+from gist.partition.transfer import Selection, held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import plan_rounds
 from gist.verify import LARGE_MODEL_ENTRIES
@@ -351,7 +352,8 @@ class RunOnStage:
         return {"state_bytes": sizes, "counts_steps": moments == 2}
 
     def _assignment(self, num_subnets: int, round: int) -> Assignment:
-        return self.config.sampler(self.spec.sizes, num_subnets, seed=self.config.seed, round=round)
+        sampler = self.config.sampler_for()
+        return sampler(self.spec.sizes, num_subnets, seed=self.config.seed, round=round)
 
     def _rehearsed(
         self,
@@ -392,7 +394,9 @@ class RunOnStage:
     def _memory(self, rounds: Rounds) -> tuple[Memory, str, int]:
         """What is alive at the peak of each phase; how, and in how much, the model is evaluated."""
         on_disk = self.config.store == "disk"
-        model = 0 if on_disk else self.model_bytes
+        model = 0 if on_disk else self._share(self.model_bytes)
+        held, buffers = self._exchange_bytes()
+        spread = self.workers > 1
         on_cpu = self.device.type == "cpu"
         process = {"process": self.process_bytes, "workspaces": _WORKSPACE_BYTES * on_cpu}
         standing = {
@@ -400,7 +404,7 @@ class RunOnStage:
             "data": self.data_bytes + self.graph_bytes,
             "model": model,
             "best_model": model * self.config.keep_best,
-            "carried_state": rounds.carried,
+            "carried_state": self._share(rounds.carried),
         }
         # A store on disk fills a second set of tensors while subnets train with the first.
         subnets = {
@@ -415,6 +419,7 @@ class RunOnStage:
             **subnets,
             "gradients": rounds.gradients,
             "activations": max(rounds.training - own - rounds.gradients, 0),
+            "other_subnets": held,
         }
         read = {"model": min(self.model_bytes, RESIDENT_BYTES)} if on_disk else {}
         stays = {**standing, **read, **subnets}
@@ -423,7 +428,7 @@ class RunOnStage:
             "verification": {
                 **process,
                 "data": self.data_bytes,
-                "model": model,
+                "model": self.model_bytes if spread and small else model,
                 "copies": 3 * self.model_bytes * small,
             },
             "first_step": {
@@ -438,10 +443,14 @@ class RunOnStage:
                 **standing,
                 **subnets,
                 "copies": max(rounds.arranging - own, 0),
+                "exchange": held + buffers,
             },
             "recalibration": {**stays, "activations": self._recalibration},
             "evaluation": {**stays, "activations": takes},
         }
+        if spread and evaluation != "layerwise":  # rank 0 puts the model together
+            for phase in ("recalibration", "evaluation"):
+                phases[phase]["assembled_model"] = self.model_bytes
         if not self._recalibration:
             del phases["recalibration"]
         memory = {
@@ -449,6 +458,44 @@ class RunOnStage:
             for phase, items in phases.items()
         }
         return memory, evaluation, left
+
+    def _share(self, nbytes: int) -> int:
+        """What one of the workers has of the model, or of something that is laid out like it.
+
+        Rows of most tensors are dealt evenly; those that stay with the worker that trained them
+        last are as many as its subnets hold.
+        """
+        if self.workers == 1:
+            return nbytes
+        m = max(m for _, m in self.config.phases)
+        mine = 0.0
+        for name, tensor in model_tensors(self.model).items():
+            home = Home.of(self.spec.layouts[name])
+            if home is None:
+                mine += tensor.nbytes
+            elif home.moves:
+                mine += tensor.nbytes * -(-m // self.workers) / m
+            else:
+                mine += tensor.nbytes * -(-home.size // self.workers) / home.size
+        return round(nbytes * min(mine / max(self.model_bytes, 1), 1.0))
+
+    def _exchange_bytes(self) -> tuple[int, int]:
+        """A worker's subnets while they wait or are done; and what is on its way at a time."""
+        if self.workers == 1:
+            return 0, 0
+        tensors = model_tensors(self.model)
+        m = max(m for _, m in self.config.phases)
+        selection = Selection(self.spec, self._assignment(m, 0), 0)  # the first holds most
+        own = -(-m // self.workers)
+        held = {
+            name: own * selection.numel(self.spec.layouts[name]) * tensor.element_size()
+            for name, tensor in tensors.items()
+        }
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        groups = exchange_groups(tensors, self.spec, dtypes)
+        sizes = sorted(sum(held[name] for name in group) for group in groups)
+        waiting = sum(held.values()) if own > 1 else 0
+        return waiting, 2 * sum(sizes[-2:]) + sum(held.values()) - waiting
 
     def remedies(self, choice: Choice) -> Iterator[str]:
         """What to change to take less memory, for what takes most of it first."""
@@ -459,6 +506,7 @@ class RunOnStage:
             "model": None if config.store == "disk" else "store='disk' with out=...",
             "best_model": "keep_best=False",
             "carried_state": "optimizer_state='reset'",
+            "assembled_model": "evaluation='layerwise'",
             "subnets": more,
             "optimizer_state": more,
             "gradients": more,
@@ -495,10 +543,7 @@ class RunOnStage:
 
     def _notes(self) -> Iterator[str]:
         if self.workers > 1:
-            yield (
-                "more than one worker does not run yet: memory is that of one which trains its "
-                "share of the subnets and holds the whole model"
-            )
+            yield "memory is that of one worker, of which the first does most"
         if self.device.type == "cpu":
             yield (
                 f"where {GROWTH:g} times the peak is free, freed memory is kept for reuse, and the "

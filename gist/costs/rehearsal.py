@@ -148,7 +148,7 @@ class _Rehearsing(RoundExecutor):
         taking_turns: set[Program] = set()
         for plan in plans:
             self.flops = 0
-            assignment = self.config.sampler(
+            assignment = self.config.sampler_for()(
                 self.spec.sizes, plan.num_subnets, seed=self.config.seed, round=plan.index
             )
             self._turns.clear()

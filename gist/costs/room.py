@@ -13,6 +13,7 @@ from gist.config import TrainConfig
 from gist.costs.estimate import Choice, NotPredictableError, RunOnStage
 from gist.errors import ConfigError
 from gist.execution.allocator import GROWTH
+from gist.execution.comm import Comm
 from gist.execution.memory import free_memory, memory_in_use
 from gist.graph.inference import passes_messages
 from gist.graph.objective import GraphObjective
@@ -48,6 +49,7 @@ def find_room(
     config: TrainConfig,
     device: torch.device,
     *,
+    comm: Comm | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Room:
     """What a run takes, refused where that is more than it may.
@@ -62,15 +64,17 @@ def find_room(
         config: Settings; ``memory_limit`` is what the run may take, by default what is in use and
             free.
         device: Where it is to run.
+        comm: The workers that the subnets are spread over; those of one machine share what is free.
         say: Called with why nothing could be told, where that is so.
 
     Raises:
         ConfigError: it does not fit; says what takes the memory, and what to change.
     """
+    comm = comm or Comm()
     in_use = memory_in_use(device)
     limit = config.memory_limit
     if limit is None:
-        limit = in_use + free_memory(device)
+        limit = in_use + free_memory(device) // (comm.ranks_here if device.type == "cpu" else 1)
     assert isinstance(limit, int), "parsed by TrainConfig"
     if limit <= in_use:
         raise ConfigError(
@@ -93,6 +97,7 @@ def find_room(
             device=device,
             evaluation=objective.evaluation,
             counted=sum(t.nbytes for t in there if t.device.type == device.type),
+            workers=comm.size,
         )
         choice = run.choose()
     except NotPredictableError as error:

@@ -228,16 +228,14 @@ class ShardedRound:
     def load(self, subnets: Sequence[int], out: Mapping[str, Tensor]) -> None:
         """See :meth:`RoundTransfer.load`."""
         for place, subnet in enumerate(subnets):
-            for name, tensor in self._parts[subnet].items():
+            for name, tensor in self._parts.pop(subnet).items():
                 out[name][place].copy_(tensor)
 
     def save(self, part: Mapping[str, Tensor]) -> None:
         """See :meth:`RoundTransfer.save`."""
-        subnet = self._own[len(self._saved)]
         alone = len(self._own) == 1  # its program trains no other before this is put back
-        last = self._parts.pop(subnet)
         self._saved.append(
-            dict(part) if alone else {name: part[name].clone() for name in last}
+            dict(part) if alone else {name: tensor.clone() for name, tensor in part.items()}
         )
 
     def finish(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,8 @@ def train_locally(
     batches: Iterable[Any],
     rate_factors: Iterable[float],
     config: TrainConfig,
+    *,
+    gradients: Callable[[Any], Tensor] | None = None,
 ) -> Tensor:
     """Runs one optimiser step per batch, for one subnet or for several side by side.
 
@@ -73,32 +75,44 @@ def train_locally(
         batches: One per step.
         rate_factors: Factor on the base rates, one per step.
         config: Gradient clipping and precision.
+        gradients: Leaves the gradients of a batch with the parameters, and returns its loss of each
+            subnet; by default those of the objective's loss.
 
     Returns:
         The training loss of every step and subnet: ``[steps, program.size]``.
     """
     optimizer = program.optimizer
     base = [group["lr"] for group in optimizer.param_groups]
-    device = next(program.module.parameters()).device.type
-    autocast = torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+    def of_loss(batch: Any) -> Tensor:
+        with autocast(program, config):
+            loss = objective.loss(program.call, batch)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        return loss.detach().reshape(-1)
+
+    gradients = gradients or of_loss
     losses: list[Tensor] = []
     try:
         for batch, factor in zip(batches, rate_factors, strict=True):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * factor
             optimizer.zero_grad(set_to_none=True)
-            with autocast:
-                loss = objective.loss(program.call, batch)
-            loss.sum().backward()  # type: ignore[no-untyped-call]
+            loss = gradients(batch)
             if config.clip_norm is not None:
                 _clip(program, config.clip_norm)
             optimizer.step()
-            losses.append(loss.detach().reshape(-1))
+            losses.append(loss)
     finally:
         for group, rate in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
     return torch.stack(losses)
+
+
+def autocast(program: Program, config: TrainConfig) -> torch.autocast:
+    """Computes in the precision that the settings ask for."""
+    device = next(program.module.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from gist.execution.serial import SerialExecutor
 from gist.execution.stacked import StackedExecutor, check_optimizer
 from gist.execution.store import MemoryStore, Store
 from gist.partition.grouped.grouping import NotGroupableError
+from gist.partition.optim_state import CarriedState
 from gist.partition.spec import PartitionSpec
 
 
@@ -66,6 +67,7 @@ def make_executor(
     *,
     store: Store | None = None,
     comm: Comm | None = None,
+    carried: CarriedState | None = None,
     most: int | None = None,
     check_grouping: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
@@ -79,6 +81,7 @@ def make_executor(
         config: Run settings.
         store: Where the global parameters live; the model itself by default.
         comm: The ranks that the subnets are spread over; this process alone by default.
+        carried: The optimiser's state between rounds; by default as ``config`` says.
         most: Subnets that memory has room for side by side; None for any number.
         check_grouping: Raises :class:`PartitionError` where the grouped form of the model's
             subnets does not compute what they compute.
@@ -87,7 +90,7 @@ def make_executor(
     Warns:
         UserWarning: subnets cannot be stacked, so they run one after the other.
     """
-    serial = SerialExecutor(model, spec, objective, config, store, comm)
+    serial = SerialExecutor(model, spec, objective, config, store, comm, carried)
     each = -(-max(m for _, m in config.phases) // serial.comm.size)
     if config.executor in ("serial", "distributed") or each == 1:
         return serial
@@ -109,7 +112,7 @@ def make_executor(
         else:
             say(f"serial execution ({error.what})")
         return serial
-    stacked = StackedExecutor(model, spec, objective, config, store, comm, most=most)
+    stacked = StackedExecutor(model, spec, objective, config, store, comm, carried, most=most)
     if config.executor == "stacked":
         return stacked
     stacked.carried = serial.carried

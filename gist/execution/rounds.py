@@ -21,6 +21,7 @@ from gist.execution.distributed import ShardedState
 from gist.execution.executor import RoundReport
 from gist.execution.lane import Lane
 from gist.execution.local import train_locally
+from gist.execution.members import MemberStates
 from gist.execution.objective import Objective
 from gist.execution.partfiles import read_rows, read_whole, tensor_names
 from gist.execution.program import Program
@@ -48,6 +49,7 @@ class RoundExecutor(ABC):
         config: Run settings.
         store: Where the global parameters live; the model itself by default.
         comm: The ranks that the subnets are spread over; this process alone by default.
+        carried: The optimiser's state between rounds; by default as ``config`` says.
     """
 
     name: str
@@ -60,14 +62,15 @@ class RoundExecutor(ABC):
         config: TrainConfig,
         store: Store | None = None,
         comm: Comm | None = None,
+        carried: CarriedState | None = None,
     ) -> None:
         self.model, self.spec, self.objective, self.config = model, spec, objective, config
         self.store = store or MemoryStore(model, spec)
         self.tensors = model_tensors(model)
         self.device = self.store.device
         self.comm = comm or Comm()
-        self.carried: CarriedState | None = None
-        if config.optimizer_state == "carry":
+        self.carried = carried
+        if config.optimizer_state == "carry" and carried is None:
             parameters = dict(model.named_parameters())
             if self.comm.is_distributed:
                 self.carried = ShardedState(spec, parameters, self.device, self.comm)
@@ -210,6 +213,9 @@ class RoundExecutor(ABC):
         """Takes what :meth:`state_dict` gave, of one rank or several, from files."""
         if self.carried is None or not paths:
             return
+        if isinstance(self.carried, MemberStates):
+            self.carried.read(paths)
+            return
         self.carried.room_for(tensor_names(paths))
         if isinstance(self.carried, ShardedState):
             shards = self.carried.shards
@@ -259,6 +265,10 @@ class RoundExecutor(ABC):
         with self._streams(plan, subnets):
             batches = self._batches(plan, subnets, plan.local_steps)
             losses = train_locally(program, self.objective, batches, plan.rate_factors, self.config)
+        return self._means(plan, subnets, losses)
+
+    def _means(self, plan: RoundPlan, subnets: range, losses: Tensor) -> Tensor:
+        """``[len(subnets)]`` from ``[steps, len(subnets)]``; refuses those that are not finite."""
         mean = losses.mean(dim=0)
         diverged = (~torch.isfinite(mean)).nonzero()
         if len(diverged) and self.comm.size == 1:  # else all ranks learn of it together

@@ -102,6 +102,7 @@ class Shards:
     Attributes:
         tensors: This rank's rows by name; those of a tensor of one unit have an extra first dim.
         homes: Along which dim each tensor is spread; None for one that every rank has.
+        dtypes: Of each tensor.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Shards:
     ) -> None:
         self.comm, self.spec, self.device = comm, spec, device
         self.homes = {name: Home.of(spec.layouts[name]) for name in like}
-        self._dtypes = {name: tensor.dtype for name, tensor in like.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in like.items()}
         self._placements: dict[Home, Placement] = {}
         self.tensors: dict[str, Tensor] = {}
         self.clear()
@@ -124,7 +125,7 @@ class Shards:
             self._placements[home] = Placement.even(home, self.comm)
         self.tensors = {
             name: torch.zeros(self.local_shape(name), dtype=dtype, device=self.device)
-            for name, dtype in self._dtypes.items()
+            for name, dtype in self.dtypes.items()
         }
 
     def shape(self, name: str, rows: int) -> tuple[int, ...]:
@@ -145,6 +146,11 @@ class Shards:
         """Which rows of a tensor this rank has, ascending; None for a tensor without rows."""
         home = self.homes[name]
         return None if home is None else self._placements[home].mine
+
+    def owner(self, name: str) -> Tensor | None:
+        """``[n]``: the rank that has each row of a tensor; None for a tensor without rows."""
+        home = self.homes[name]
+        return None if home is None else self._placements[home].owner
 
     def copy(self) -> dict[str, Any]:
         """Everything as it is now."""
@@ -304,27 +310,30 @@ class Shards:
         assert home is not None
         owner = self._placements[home].owner
         all_rows = [(owner == rank).nonzero()[:, 0] for rank in range(self.comm.size)]
-        row_bytes = math.prod(self.shape(name, 1)) * self._dtypes[name].itemsize
+        row_bytes = math.prod(self.shape(name, 1)) * self.dtypes[name].itemsize
         size = max(_EXCHANGE_BYTES // max(row_bytes * self.comm.size, 1), 1)
         for start in range(0, max(rows.numel() for rows in all_rows), size):
             rows = [rows[start : start + size] for rows in all_rows]
             begin = min(start, all_rows[self.comm.rank].numel())
             yield rows, torch.arange(begin, begin + rows[self.comm.rank].numel())
 
-    def groups(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Names in their order, in groups of one dtype and about equal size."""
-        group: list[str] = []
-        size = 0
-        for name in sorted(names, key=lambda name: str(self._dtypes[name])):
-            nbytes = math.prod(self.spec.layouts[name].shape) * self._dtypes[name].itemsize
-            other = group and self._dtypes[group[0]] != self._dtypes[name]
-            if group and (other or size + nbytes > _EXCHANGE_BYTES):
-                yield group
-                group, size = [], 0
-            group.append(name)
+
+def exchange_groups(
+    names: Iterable[str], spec: PartitionSpec, dtypes: Mapping[str, torch.dtype]
+) -> list[list[str]]:
+    """Names in groups that are exchanged at once: of one dtype, and about equal size."""
+    groups: list[list[str]] = []
+    size = 0
+    for name in sorted(names, key=lambda name: str(dtypes[name])):
+        nbytes = math.prod(spec.layouts[name].shape) * dtypes[name].itemsize
+        same = groups and dtypes[groups[-1][0]] == dtypes[name]
+        if same and size + nbytes <= _EXCHANGE_BYTES:
+            groups[-1].append(name)
             size += nbytes
-        if group:
-            yield group
+        else:
+            groups.append([name])
+            size = nbytes
+    return groups
 
 
 def rows_of(home: Home, layout: ParamLayout, selection: Selection) -> Tensor:
@@ -405,7 +414,7 @@ class _Exchange:
     def run_groups(self, names: Sequence[str]) -> None:
         """Exchanges group by group: while one is on its way, the next is packed."""
         waiting: deque[tuple[list[str], Pending, list[int]]] = deque()
-        for group in self.shards.groups(names):
+        for group in exchange_groups(names, self.shards.spec, self.shards.dtypes):
             outgoing, counts_out, counts_in = self.pack(group)
             waiting.append((group, self.comm.start(outgoing, counts_out, counts_in), counts_in))
             if len(waiting) > 1:

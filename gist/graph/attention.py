@@ -6,6 +6,7 @@ Shape legend: ``N`` nodes, ``e`` edges of a block, ``d`` columns of the input, `
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,14 +40,33 @@ class Attention(Blockwise):
     ``A_h`` for a block of rows at a time, so that no message per edge and column ever exists but
     those of GATv2's scores.
 
+    Of a layer that concatenates its heads, some columns may be computed apart. Their ``W_h`` is all
+    that is needed, but for the scores: those of GAT are ``x_j · W_hᵀ a``, where ``W_hᵀ a`` [d] is a
+    sum over the columns of the head; those of GATv2 need the whole head.
+
     Args:
         conv: A ``GATConv`` or ``GATv2Conv``.
         matrix: The pattern; its values are not used.
         width: ``d``.
+        columns: Those of ``H C`` that are computed, whole heads of a GATv2; by default all. The
+            conv's weights and biases have these rows alone, its attention vectors all heads.
+        add_up: Makes of one's own ``W_hᵀ a`` of all heads ``[2 H, d]`` the sum over all ranks; None
+            where all columns are computed here.
+        ranks: Which compute the other columns, and this one.
     """
 
-    def __init__(self, conv: Any, matrix: CSR, width: int) -> None:
+    def __init__(
+        self,
+        conv: Any,
+        matrix: CSR,
+        width: int,
+        columns: slice | None = None,
+        add_up: Callable[[Tensor], Tensor] | None = None,
+        ranks: int = 1,
+    ) -> None:
         self.conv, self.matrix, self.width = conv, matrix, width
+        self.columns = columns or slice(0, conv.heads * conv.out_channels)
+        self.add_up, self.ranks = add_up, ranks
         self.nodes = matrix.num_cols
         self.heads: int = conv.heads
         self.channels: int = conv.out_channels
@@ -56,7 +76,7 @@ class Attention(Blockwise):
     @property
     def out_width(self) -> int:
         """See :attr:`Blockwise.out_width`."""
-        return self.channels * (self.heads if self.conv.concat else 1)
+        return self.columns.stop - self.columns.start if self.conv.concat else self.channels
 
     @property
     def folds(self) -> bool:
@@ -66,7 +86,8 @@ class Attention(Blockwise):
     def _score_bytes(self, heads: int) -> int:
         """What the scores of so many heads need of all nodes."""
         if self.folds:
-            return 2 * self.heads * (self.nodes + self.width) * self.itemsize
+            folded = self.width * (2 * self.ranks + 1 if self.ranks > 1 else 1)
+            return 2 * self.heads * (self.nodes + folded) * self.itemsize
         return 0 if self.conv.share_weights else heads * self._column_bytes(self.channels)
 
     def _column_bytes(self, columns: int) -> int:
@@ -99,7 +120,8 @@ class Attention(Blockwise):
     @property
     def most(self) -> int:
         """See :attr:`Blockwise.most`."""
-        return self._least(self.channels, self.heads) + 4 * CHUNK_BYTES
+        heads = -(-self.columns.stop // self.channels) - self.columns.start // self.channels
+        return self._least(self.channels, heads) + 4 * CHUNK_BYTES
 
     def run(self, source: Hidden, out: Hidden, work: int, finish: Finish) -> None:
         """See :meth:`Blockwise.run`."""
@@ -126,9 +148,21 @@ class Attention(Blockwise):
         while self.folds and size > 1 and self._least(size) > most:
             size = -(-size // 2)
         scores = self._folded(source) if self.folds else None
-        for group in blocks(self.heads, heads):
-            for part in blocks(self.channels, size):
-                self._add_group(source, out, scores, group, part, work)
+        for span, channels in self._spans():
+            for group in _blocks_of(span, heads):
+                for part in _blocks_of(channels, size):
+                    self._add_group(source, out, scores, group, part, work)
+
+    def _spans(self) -> Iterator[tuple[slice, slice]]:
+        """The columns that are computed, as heads and the same channels of each of them."""
+        first, last, size = self.columns.start, self.columns.stop, self.channels
+        while first < last:
+            head, offset = divmod(first, size)
+            whole = (last - first) // size if not offset else 0
+            stop = first + whole * size if whole else min(last, (head + 1) * size)
+            heads = slice(head, head + max(whole, 1))
+            yield heads, slice(offset, size if whole else stop - head * size)
+            first = stop
 
     def _add_group(
         self,
@@ -154,7 +188,7 @@ class Attention(Blockwise):
                 ends = products[place], own[place]
             else:
                 ends = scores[0, head], scores[1, head]
-            first = head * self.channels if conv.concat else 0
+            first = head * self.channels - self.columns.start if conv.concat else 0
             target = out.rows[:, first + part.start : first + part.stop]
             for rows in row_blocks(self.matrix.indptr, *costs, left):
                 attention = self._attention(*ends, head, rows)
@@ -169,7 +203,7 @@ class Attention(Blockwise):
         out = source.rows.new_empty(len(heads), self.nodes, columns)
         for rows in blocks(self.nodes, node_rows(linear.weight), source.most_rows):
             for place, head in enumerate(heads):
-                first = head * self.channels
+                first = head * self.channels - self.columns.start
                 chosen = slice(first + part.start, first + part.stop)
                 matmul_t(source.rows[rows], linear.weight[chosen], out[place, rows])
                 if linear.bias is not None:
@@ -179,10 +213,19 @@ class Attention(Blockwise):
 
     def _folded(self, source: Hidden) -> Tensor:
         """``[2, H, N]``: the score of each node as the source, and as the target, of an edge."""
-        conv = self.conv
-        heads = conv.lin.weight.view(self.heads, self.channels, -1)
-        ends = torch.cat([conv.att_src, conv.att_dst]).view(2, self.heads, 1, self.channels)
-        folded = torch.stack([torch.bmm(end, heads)[:, 0] for end in ends]).flatten(0, 1)  # [2H, d]
+        weight: Tensor = self.conv.lin.weight
+        vectors = self.conv.att_src, self.conv.att_dst
+        folded = weight.new_zeros(2, self.heads, weight.size(1))
+        at = 0
+        for heads, channels in self._spans():
+            count, size = heads.stop - heads.start, channels.stop - channels.start
+            own = weight[at : at + count * size].view(count, size, -1)
+            at += count * size
+            for end, vector in enumerate(vectors):
+                folded[end, heads] = torch.bmm(vector[0, heads, None, channels], own)[:, 0]
+        folded = folded.flatten(0, 1)  # [2H, d]
+        if self.add_up is not None:
+            folded = self.add_up(folded)
         out = folded.new_empty(2 * self.heads, self.nodes)
         for rows in blocks(self.nodes, source.most_rows):
             torch.mm(folded, source.rows[rows].t(), out=out[:, rows])
@@ -205,3 +248,9 @@ class Attention(Blockwise):
         total = torch.segment_reduce(scores, "sum", offsets=offsets).add_(1e-16)  # as PyG has it
         scores.div_(total.index_select(0, target))
         return CSR(block.indptr, block.indices, scores, self.nodes)
+
+
+def _blocks_of(whole: slice, size: int) -> Iterator[slice]:
+    """A slice in slices that are not longer than ``size``."""
+    for block in blocks(whole.stop - whole.start, size):
+        yield slice(whole.start + block.start, whole.start + block.stop)

@@ -41,9 +41,11 @@ class Blockwise(ABC):
 
     Attributes:
         after: Steps that belong to the convolution and treat each node on its own.
+        held: Bytes that it keeps while a block is finished.
     """
 
     after: tuple[Step, ...] = ()
+    held: int = 0
 
     @property
     @abstractmethod
@@ -144,7 +146,7 @@ def node_rows(weight: Tensor) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Product(Blockwise):
-    """``M f(X) Wᵀ + X Rᵀ + b``: GCN, GraphSAGE in both forms.
+    """``M f(X) Wᵀ + X Rᵀ + b``: GCN, GraphSAGE in both forms; GIN's first linear layer.
 
     The product with the graph is taken on the narrower side of the weight. Aggregating first
     (``d <= D``) takes a block of ``M X`` of ``b x d`` entries at a time; multiplying first takes
@@ -154,6 +156,7 @@ class Product(Blockwise):
         matrix: ``M``.
         weight: ``W`` [D, d].
         root: ``R`` [D, d], or None.
+        loops: ``e``, a tensor with one entry, where ``R = e W``; None else.
         bias: ``b`` [D], or None.
         before: ``f``, which treats each node on its own and keeps the width; None for the identity.
         after: See :class:`Blockwise`.
@@ -162,6 +165,7 @@ class Product(Blockwise):
     matrix: CSR
     weight: Tensor
     root: Tensor | None = None
+    loops: Tensor | None = None
     bias: Tensor | None = None
     before: RowFunction | None = None
     after: tuple[Step, ...] = ()
@@ -230,6 +234,8 @@ class Product(Blockwise):
 
     def _aggregate_first(self, source: Hidden, out: Hidden, rows: slice) -> None:
         neighbours, own = aggregate(self.matrix, rows, source), source.rows[rows]
+        if self.loops is not None:
+            neighbours.addcmul_(own, self.loops)
         for columns in weight_blocks(self.weight):
             target = out.rows[rows, columns]
             if self.bias is None:
@@ -257,10 +263,12 @@ class Product(Blockwise):
         for rows in blocks(len(products), size, most):
             own = source.rows[rows]
             matmul_t(own if self.before is None else self.before(own), weight, products[rows])
-            if self.root is None:
-                target[rows] = 0
-            else:
+            if self.root is not None:
                 matmul_t(own, self.root[columns], target[rows])
+            elif self.loops is not None:
+                torch.mul(products[rows], self.loops, out=target[rows])
+            else:
+                target[rows] = 0
             source.touched(len(own))
             out.touched(len(own))
         size = min(left, CHUNK_BYTES) // self._row_bytes(len(weight))
@@ -269,6 +277,49 @@ class Product(Blockwise):
             if self.bias is not None:
                 target[rows].add_(self.bias[columns])
             out.touched(rows.stop - rows.start)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dense(Blockwise):
+    """``X Wᵀ + b``: a linear layer, which does not look at the graph.
+
+    Attributes:
+        weight: ``W`` [D, d].
+        bias: ``b`` [D], or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def out_width(self) -> int:
+        """See :attr:`Blockwise.out_width`."""
+        return self.weight.size(0)
+
+    @property
+    def smallest(self) -> int:
+        """See :attr:`Blockwise.smallest`."""
+        return 0
+
+    @property
+    def enough(self) -> int:
+        """See :attr:`Blockwise.enough`."""
+        return 0
+
+    @property
+    def most(self) -> int:
+        """See :attr:`Blockwise.most`."""
+        return 0
+
+    def run(self, source: Hidden, out: Hidden, work: int, finish: Finish) -> None:
+        """See :meth:`Blockwise.run`."""
+        size = node_rows(self.weight)
+        for rows in blocks(len(out.rows), size, source.most_rows, out.most_rows):
+            matmul_t(source.rows[rows], self.weight, out.rows[rows])
+            if self.bias is not None:
+                out.rows[rows] += self.bias
+            source.touched(rows.stop - rows.start)
+            finish(rows, work)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

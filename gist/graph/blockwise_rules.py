@@ -27,7 +27,7 @@ from gist.partition.rules.pyg import ELEMENTWISE_AGGREGATIONS
 Maker = Callable[[Adjacency, Tensor], Blockwise]
 """Makes one convolution's form for a graph, and a tensor like its input: dtype, device, width."""
 
-_SUMS: dict[Any, Form] = {"mean": "mean", "add": "sum", "sum": "sum"}
+SUMS: dict[Any, Form] = {"mean": "mean", "add": "sum", "sum": "sum"}
 """Aggregations that are products with a matrix."""
 
 _BLOCKWISE: dict[type[nn.Module], Callable[[Any], Maker | None]] = {}
@@ -69,22 +69,23 @@ def _once(graph: Adjacency, key: Hashable, build: Callable[[], _V]) -> _V:
     return value
 
 
-def _directed(graph: Adjacency, conv: Any) -> Adjacency:
+def directed(graph: Adjacency, conv: Any) -> Adjacency:
     """The graph whose rows hold the edges that a convolution gathers from."""
-    if not _is_flipped(conv):
+    if not is_flipped(conv):
         return graph
     flip = partial(Adjacency, graph.edge_index.flip(0), graph.num_nodes, graph.edge_weight)
     return _once(graph, "flipped", flip)
 
 
-def _is_flipped(conv: Any) -> bool:
+def is_flipped(conv: Any) -> bool:
+    """Whether a convolution gathers from the nodes that edges lead to."""
     return bool(conv.flow == "target_to_source")
 
 
 @register_blockwise(pyg.GCNConv)
 def blockwise_gcn(conv: Any) -> Maker | None:
     """``Â X Wᵀ + b`` (Kipf & Welling, 2017), with every normalisation that PyG has."""
-    if conv.aggr not in _SUMS:
+    if conv.aggr not in SUMS:
         return None  # not linear, and normalised by degrees that a block does not know
 
     def make(graph: Adjacency, x: Tensor) -> Blockwise:
@@ -96,7 +97,7 @@ def blockwise_gcn(conv: Any) -> Maker | None:
 
 def _gcn_matrix(conv: Any, graph: Adjacency, dtype: torch.dtype) -> CSR:
     usual = conv.normalize and conv.add_self_loops and not conv.improved
-    if usual and conv.aggr != "mean" and not _is_flipped(conv):
+    if usual and conv.aggr != "mean" and not is_flipped(conv):
         return graph.matrix("gcn", dtype).rows
     settings = (conv.normalize, conv.improved, conv.add_self_loops, conv.flow)
 
@@ -106,7 +107,7 @@ def _gcn_matrix(conv: Any, graph: Adjacency, dtype: torch.dtype) -> CSR:
             index, weight = gcn_norm(
                 index, weight, graph.num_nodes, conv.improved, conv.add_self_loops, conv.flow, dtype
             )
-        index = index.flip(0) if _is_flipped(conv) else index
+        index = index.flip(0) if is_flipped(conv) else index
         indptr, indices, weight = Adjacency(index, graph.num_nodes, weight).rows
         values = torch.ones_like(indices, dtype=dtype) if weight is None else weight
         if conv.aggr == "mean":
@@ -121,7 +122,7 @@ def _gcn_matrix(conv: Any, graph: Adjacency, dtype: torch.dtype) -> CSR:
 @register_blockwise(pyg.SAGEConv)
 def blockwise_sage(conv: Any) -> Maker | None:
     """``W_l aggr_j x_j + W_r x_i + b`` (Hamilton et al., 2017), for any elementwise aggregation."""
-    if conv.aggr not in _SUMS or (conv.project and _is_flipped(conv)):
+    if conv.aggr not in SUMS or (conv.project and is_flipped(conv)):
         return _one_hop(conv)
 
     def make(graph: Adjacency, x: Tensor) -> Blockwise:
@@ -130,7 +131,7 @@ def blockwise_sage(conv: Any) -> Maker | None:
             before = RowFunction([conv.lin, torch.relu], x.size(1), x)
         normalize = partial(F.normalize, p=2.0, dim=-1)
         return Product(
-            matrix=_directed(graph, conv).matrix(_SUMS[conv.aggr], x.dtype).rows,
+            matrix=directed(graph, conv).matrix(SUMS[conv.aggr], x.dtype).rows,
             weight=conv.lin_l.weight,
             root=conv.lin_r.weight if conv.root_weight else None,
             bias=conv.lin_l.bias,
@@ -146,12 +147,12 @@ def blockwise_gin(conv: Any) -> Maker | None:
     """``g(Σ_j x_j + (1 + ε) x_i)`` (Xu et al., 2019)."""
     if not is_row_wise(conv.nn):
         return None
-    if conv.aggr not in _SUMS:
+    if conv.aggr not in SUMS:
         return _one_hop(conv)
 
     def make(graph: Adjacency, x: Tensor) -> Blockwise:
         return Aggregation(
-            matrix=_directed(graph, conv).matrix(_SUMS[conv.aggr], x.dtype).rows,
+            matrix=directed(graph, conv).matrix(SUMS[conv.aggr], x.dtype).rows,
             eps=1 + conv.eps.detach(),
             network=RowFunction([conv.nn], x.size(1), x),
             width=x.size(1),
@@ -165,7 +166,7 @@ def blockwise_attention(conv: Any) -> Maker | None:
     """Graph attention (Veličković et al., 2018; Brody et al., 2022) without edge features."""
     if isinstance(conv.in_channels, tuple | list):
         return None
-    if conv.aggr not in ("add", "sum") or _is_flipped(conv):
+    if conv.aggr not in ("add", "sum") or is_flipped(conv):
         return _one_hop(conv)
 
     def make(graph: Adjacency, x: Tensor) -> Blockwise:
@@ -179,4 +180,4 @@ def _one_hop(conv: Any) -> Maker | None:
     """Runs the convolution as it is, on blocks, unless a node may take more than its edges tell."""
     if conv.aggr not in ELEMENTWISE_AGGREGATIONS:
         return None
-    return lambda graph, x: Neighbourhood(conv, _directed(graph, conv), x)
+    return lambda graph, x: Neighbourhood(conv, directed(graph, conv), x)

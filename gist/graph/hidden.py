@@ -91,3 +91,22 @@ class Hidden:
         if self._mapping is not None and self._touched >= self.most_rows:
             self._mapping.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
+
+    def columns(self, columns: slice) -> Hidden:
+        """Some columns of all nodes: a view, whose rows count as whole rows."""
+        return _Columns(self, columns)
+
+
+class _Columns(Hidden):
+    def __init__(self, whole: Hidden, columns: slice) -> None:
+        super().__init__(whole.rows[:, columns], whole._mapping, whole._allowance)
+        self._whole = whole
+
+    @property
+    def row_bytes(self) -> int:
+        """See :attr:`Hidden.row_bytes`: pages are brought in whole."""
+        return self._whole.row_bytes
+
+    def touched(self, rows: int) -> None:
+        """See :meth:`Hidden.touched`."""
+        self._whole.touched(rows)

@@ -76,7 +76,7 @@ def require_layerwise(model: nn.Module) -> None:
         )
 
 
-class _Layer:
+class Layer:
     """A convolution, and what follows it up to the next one.
 
     Args:
@@ -85,6 +85,7 @@ class _Layer:
         norm: A norm over all nodes, or None.
         then: What follows ``norm`` and treats each node on its own.
         like: A tensor of the dtype and device of the features.
+        jump: Which of the model's hidden layers it completes; None for a part of one.
     """
 
     def __init__(
@@ -94,11 +95,12 @@ class _Layer:
         norm: GraphNorm | None,
         then: list[Step],
         like: Tensor,
+        jump: int | None = None,
     ) -> None:
-        self.conv, self.norm, self.then = conv, norm, then
+        self.conv, self.norm, self.then, self.jump = conv, norm, then, jump
         self.width = conv.out_width
         self.finish = RowFunction([*conv.after, *steps], self.width, like)
-        self.smallest = max(conv.smallest, self.finish.smallest)
+        self.smallest = max(conv.smallest, conv.held + self.finish.smallest)
         self.second: RowFunction | None = None
         if norm is not None:
             moments = norm.moments()
@@ -107,7 +109,7 @@ class _Layer:
             self.smallest = max(self.smallest, self.second.smallest)
         self.enough = max(self.smallest, conv.enough)
         chunks = max(step.fixed for step in (self.finish, self.second or self.finish)) + CHUNK_BYTES
-        self.most = max(self.smallest, conv.most, chunks)
+        self.most = max(self.smallest, conv.most, conv.held + chunks)
 
     def run(self, source: Hidden, out: Hidden, work: int) -> None:
         """Fills ``out`` [N, D] from ``source`` [N, d] within ``work`` bytes beside the two."""
@@ -172,31 +174,38 @@ class Layerwise:
         ConfigError: the model has no layer-wise form.
     """
 
+    beside = _SMALL_BYTES
+    """Bytes that are taken whatever the layer."""
+
     def __init__(self, model: Any, x: Tensor, graph: Adjacency) -> None:
         require_layerwise(model)
         self.model, self.x = model, x.contiguous()
-        self.layers: list[_Layer] = []
+        self.layers: list[Layer] = []
         for index in range(model.num_layers):
             width = self.layers[-1].width if index else x.size(1)
-            self.layers.append(self._layer(index, graph, x.new_empty(0, width)))
+            self.layers += self._layers_of(index, graph, x.new_empty(0, width))
         self.num_classes: int = (
             self.layers[-1].width if model.jk_mode is None else model.lin.out_features
         )
 
-    def _layer(self, index: int, graph: Adjacency, like: Tensor) -> _Layer:
-        model = self.model
-        maker = find_blockwise(model.convs[index])
+    def _layers_of(self, index: int, graph: Adjacency, like: Tensor) -> list[Layer]:
+        """What one convolution and what follows it are computed as."""
+        maker = find_blockwise(self.model.convs[index])
         assert maker is not None, "layerwise_obstacle has looked"
-        conv = maker(graph, like)
+        return [Layer(maker(graph, like), *self._following(index), like, jump=index)]
+
+    def _following(self, index: int) -> tuple[list[Step], GraphNorm | None, list[Step]]:
+        """What follows a convolution: steps, a norm over all nodes, and steps after that."""
+        model = self.model
         if index == model.num_layers - 1 and model.jk_mode is None:
-            return _Layer(conv, [], None, [], like)
+            return [], None, []
         norm = model.norms[index]
         act = [] if model.act is None else [model.act]
         first, last = (act, []) if model.act_first else ([], act)
         if not is_row_wise(norm):
-            return _Layer(conv, first, as_graph_norm(norm), last, like)
+            return first, as_graph_norm(norm), last
         middle = [] if isinstance(norm, nn.Identity) else [norm]
-        return _Layer(conv, [*first, *middle, *last], None, [], like)
+        return [*first, *middle, *last], None, []
 
     def _bytes(self, width: int) -> int:
         return self.x.size(0) * width * self.x.element_size()
@@ -207,10 +216,21 @@ class Layerwise:
         hidden = [self._bytes(layer.width) for layer in self.layers]
         if self.model.jk_mode is None:
             hidden.pop()
-        pairs = [sum(hidden[max(i - 1, 0) : i + 1]) for i in range(len(hidden))]
-        if self.model.jk_mode == "max":
-            pairs = [pair + (hidden[0] if i > 1 else 0) for i, pair in enumerate(pairs)]
+        return self._most_at_once(hidden)
+
+    def _most_at_once(self, sizes: list[int]) -> int:
+        """Of hidden layers of these sizes, what those that exist at the same time have."""
+        pairs = [sum(sizes[max(i - 1, 0) : i + 1]) for i in range(len(sizes))]
+        if (kept := self._kept) is not None:
+            pairs = [pair + (sizes[kept] if i > kept + 1 else 0) for i, pair in enumerate(pairs)]
         return max(pairs, default=0)
+
+    @property
+    def _kept(self) -> int | None:
+        """The layer whose output is kept for jumping knowledge, if one is."""
+        if self.model.jk_mode != "max":
+            return None
+        return next(place for place, layer in enumerate(self.layers) if layer.jump is not None)
 
     @property
     def kept_bytes(self) -> int:
@@ -220,7 +240,7 @@ class Layerwise:
     @property
     def smallest(self) -> int:
         """The least memory in bytes that it can run in, the scores included."""
-        blocks = max(layer.smallest for layer in self.layers) + _SMALL_BYTES
+        blocks = max(layer.smallest for layer in self.layers) + self.beside
         hidden = 0 if self.x.device.type == "cpu" else self.hidden_bytes
         return self._bytes(self.num_classes) + hidden + blocks
 
@@ -228,13 +248,13 @@ class Layerwise:
     def enough(self) -> int:
         """The memory in bytes with which nothing is kept in files, at about full speed."""
         blocks = max(layer.enough for layer in self.layers)
-        return self.kept_bytes + blocks + _SMALL_BYTES
+        return self.kept_bytes + blocks + self.beside
 
     @property
     def most(self) -> int:
         """The memory in bytes that it takes where it may take any number."""
         blocks = max(layer.most for layer in self.layers)
-        return self.kept_bytes + blocks + _SMALL_BYTES
+        return self.kept_bytes + blocks + self.beside
 
     @torch.no_grad()
     def run(self, memory_limit: int) -> Tensor:
@@ -255,17 +275,17 @@ class Layerwise:
         jumping = self.model.jk_mode
         source = Hidden(self.x)
         most: Hidden | None = None
-        for index, (layer, room) in enumerate(
-            zip(self.layers, self._rooms(memory_limit), strict=True)
-        ):
+        for layer, room in zip(self.layers, self._rooms(memory_limit), strict=True):
             if room.width is None:
                 layer.run(source, scores, room.left)
                 return scores.rows
             out = self._hidden(room)
             layer.run(source, out, room.left)
             source = out
+            if layer.jump is None:
+                continue
             if jumping == "cat":
-                self._add_jump(index, out, scores.rows)
+                self._add_jump(layer.jump, out, scores.rows)
             elif jumping == "max":
                 most = out if most is None else _maximum(most, out)
         if jumping != "cat":
@@ -305,18 +325,15 @@ class Layerwise:
             self._bytes(room.width) if room.width and room.allowance is not None else 0
             for room in rooms
         ]
-        pairs = [sum(files[max(i - 1, 0) : i + 1]) for i in range(len(files))]
-        if self.model.jk_mode == "max":
-            pairs = [pair + (files[0] if i > 1 else 0) for i, pair in enumerate(pairs)]
-        return max(pairs)
+        return self._most_at_once(files)
 
     def _rooms(self, memory_limit: int) -> list[_Room]:
         """Where each layer puts what it computes, and the memory that is left for its blocks."""
-        left = memory_limit - self._bytes(self.num_classes) - _SMALL_BYTES
+        left = memory_limit - self._bytes(self.num_classes) - self.beside
         rooms: list[_Room] = []
         taken: list[int] = []
         for index, layer in enumerate(self.layers):
-            if index > 1 and not (index == 2 and self.model.jk_mode == "max"):
+            if index > 1 and index - 2 != self._kept:
                 left += taken[index - 2]  # the input of the layer before
             if index == len(self.layers) - 1 and self.model.jk_mode is None:
                 rooms.append(_Room(width=None, allowance=None, left=left))

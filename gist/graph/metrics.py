@@ -5,7 +5,8 @@ Shape legend: ``N`` nodes, ``C`` output columns (classes; labels of a multilabel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -67,6 +68,36 @@ def loss(task: Task, logits: Tensor, y: Tensor) -> Tensor:
     if task == "multiclass":
         return F.cross_entropy(logits, y)
     return F.binary_cross_entropy_with_logits(logits.reshape(y.shape), y.to(logits.dtype))
+
+
+def mean_prediction(task: Task, logits: Iterable[Tensor]) -> Tensor:
+    """Logits of the mean of several models' class probabilities, summed in their order.
+
+    Multiclass: ``log(1/m Σ softmax(z_i))``; else the logit of ``1/m Σ sigmoid(z_i)``. Those of a
+    single model are returned as they are.
+
+    Args:
+        task: As for :func:`loss`.
+        logits: ``[N, C]`` of each model, at least one.
+
+    Returns:
+        ``[N, C]``.
+    """
+    one_of("task", task, METRICS)
+    first: Tensor | None = None
+    yes = no = torch.empty(0)
+    count = 0
+    for count, each in enumerate(logits, start=1):
+        if task == "multiclass":
+            here, against = F.log_softmax(each, dim=1), yes.new_zeros(())
+        else:
+            here, against = F.logsigmoid(each), F.logsigmoid(-each)
+        first = each if count == 1 else None
+        yes = here if count == 1 else torch.logaddexp(yes, here)
+        no = against if count == 1 or task == "multiclass" else torch.logaddexp(no, against)
+    if first is not None:
+        return first
+    return yes - math.log(count) if task == "multiclass" else yes - no
 
 
 def mean_loss(task: Task, logits: Tensor, y: Tensor, nodes: Tensor) -> float:

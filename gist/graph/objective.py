@@ -144,7 +144,11 @@ class GraphObjective:
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Metric on every split, and the validation loss, of a model in evaluation mode."""
-        data, scores = self.data, self.predict(model)
+        return self.measure(self.predict(model))
+
+    def measure(self, scores: Tensor) -> dict[str, float]:
+        """What :meth:`evaluate` returns, of scores ``[N, num_classes]`` that are there already."""
+        data = self.data
         nodes = {split: data.mask(split).nonzero()[:, 0] for split in SPLITS}
         out = {
             f"{split}_metric": compute_metric(data.metric, scores, data.y, nodes[split])

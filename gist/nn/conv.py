@@ -18,6 +18,7 @@ from gist.errors import DataError
 from gist.graph.adjacency import Adjacency, Form
 from gist.graph.blockwise import Product
 from gist.graph.blockwise_rules import Maker, blockwise_gcn, blockwise_sage, register_blockwise
+from gist.graph.stages import Stage, as_registered, gcn_stages, register_stages, sage_stages
 from gist.partition.builder import Layer
 from gist.partition.grouped.grouping import Grouping
 from gist.partition.grouped.pyg import GroupedSAGEConcatConv
@@ -154,6 +155,8 @@ register_rule(GCNConv)(GCNConvRule)
 register_rule(SAGEConv)(SAGEConvRule)
 register_blockwise(GCNConv)(blockwise_gcn)
 register_blockwise(SAGEConv)(blockwise_sage)
+register_stages(GCNConv)(gcn_stages)
+register_stages(SAGEConv)(sage_stages)
 
 
 @register_blockwise(SAGEConcatConv)
@@ -166,6 +169,13 @@ def blockwise_sage_concat(conv: SAGEConcatConv) -> Maker:
         return Product(matrix=matrix, weight=neighbours, root=own, bias=conv.lin.bias)
 
     return make
+
+
+@register_stages(SAGEConcatConv)
+def sage_concat_stages(conv: SAGEConcatConv) -> list[Stage]:
+    """One: a column has a row of the weight."""
+    cut, width = tuple(conv.parameters()), conv.out_channels
+    return [Stage(module=conv, cut=cut, width=width, make=as_registered)]
 
 
 @register_rule(SAGEConcatConv)

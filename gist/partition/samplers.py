@@ -6,9 +6,10 @@ neither on the executor nor on which other groups the model has.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -78,6 +79,62 @@ class DisjointUniform(Sampler):
     def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
         """See :meth:`Sampler.deal`."""
         return list(torch.randperm(size, generator=generator).tensor_split(num_subnets))
+
+
+@dataclass(frozen=True)
+class Proportional(Sampler):
+    """A uniformly random partition into blocks of given relative sizes, for unequal workers.
+
+    Subnet ``i`` holds ``weights[i % len(weights)]`` over their sum of every group, rounded so that
+    all units are dealt (largest remainders), and at least one unit.
+    """
+
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.weights or not all(0 < weight < math.inf for weight in self.weights):
+            raise ConfigError("weights must be positive numbers", got=self.weights)
+
+    @classmethod
+    def to_speed(cls, speeds: Sequence[float]) -> Proportional:
+        """Widths with which workers of these speeds take about equally long.
+
+        The work of a subnet lies in products of hidden layer by hidden layer, and grows with the
+        square of its width: widths go with the square roots of the speeds.
+        """
+        return cls(tuple(math.sqrt(speed) for speed in speeds))
+
+    def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
+        """See :meth:`Sampler.deal`."""
+        weights = [self.weights[i % len(self.weights)] for i in range(num_subnets)]
+        exact = [(size - num_subnets) * weight / sum(weights) for weight in weights]
+        counts = [1 + math.floor(share) for share in exact]
+        order = sorted(range(num_subnets), key=lambda i: (math.floor(exact[i]) - exact[i], i))
+        for i in order[: size - sum(counts)]:
+            counts[i] += 1
+        return list(torch.randperm(size, generator=generator).split(counts))
+
+
+@dataclass(frozen=True)
+class Fixed(DisjointUniform):
+    """The partition of round 0 in every round, for an ensemble of subnets that are never merged."""
+
+    def __call__(
+        self, sizes: Mapping[str, int], num_subnets: int, *, seed: int, round: int
+    ) -> Assignment:
+        """See :meth:`Sampler.__call__`."""
+        return replace(super().__call__(sizes, num_subnets, seed=seed, round=0), round=round)
+
+
+@dataclass(frozen=True)
+class Whole(Sampler):
+    """Every subnet holds every unit: replicas of the model, averaged on merging (local SGD)."""
+
+    may_share: ClassVar[bool] = True
+
+    def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
+        """See :meth:`Sampler.deal`."""
+        return [torch.arange(size)] * num_subnets
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,33 @@ def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None
         yield
 
 
+class ResumedStream:
+    """The stream of :func:`seeded` with the same key, drawn from bit by bit, others in between.
+
+    Args:
+        *key: Names it.
+        device: See :func:`seeded`.
+    """
+
+    def __init__(self, *key: int | str, device: torch.device | None = None) -> None:
+        self._key, self._device = key, device
+        self._states: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Draws torch's global random numbers from where it was left the last time."""
+        cuda = self._device if self._device is not None and self._device.type == "cuda" else None
+        with seeded(*self._key, device=self._device):
+            if self._states is not None:
+                torch.set_rng_state(self._states[0])
+                if cuda is not None:
+                    assert self._states[1] is not None
+                    torch.cuda.set_rng_state(self._states[1], cuda)
+            yield
+            on_cuda = None if cuda is None else torch.cuda.get_rng_state(cuda)
+            self._states = torch.get_rng_state(), on_cuda
+
+
 _EACH: ContextVar[tuple[torch.Generator, ...]] = ContextVar("generators of stacked subnets")
 
 

@@ -104,7 +104,8 @@ def test_a_phase_with_fewer_batches_and_other_models_train():
 
 
 def test_an_infinite_loss_names_the_batch():
-    trainer = DataParallelTrainer(gcn(), DATA, num_subnets=3, rounds=1, **SETTINGS)
+    settings = {**SETTINGS, "local_steps": 1}
+    trainer = DataParallelTrainer(gcn(), DATA, num_subnets=3, rounds=1, **settings)
     loss, seen = trainer.objective.loss, []
 
     def breaks_at_the_second(model, batch):

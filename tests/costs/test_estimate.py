@@ -400,7 +400,11 @@ def test_workers_share_the_subnets_and_exchange_their_parts():
     assert local == 2 * 3 * 4 * entries(D) * 2
     assert parallel == 3 * local, "once in each of the round's local steps"
     assert 0 < gist < local / 8
-    assert any("more than one worker" in note for note in shared.notes)
+    assert any("one worker" in note for note in shared.notes)
+    inside, share = alone.memory["training"], shared.memory["training"]
+    assert 0.24 * inside["model"] < share["model"] < 0.3 * inside["model"]
+    assert "exchange" in shared.memory["merging"]
+    assert "exchange" not in alone.memory["merging"]
     assert not any("worker" in note for note in alone.notes)
     assert shared.memory["training"]["subnets"] < alone.memory["training"]["subnets"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import sys
 from dataclasses import replace
 from itertools import pairwise, product
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import gist.nn
-from gist import Bernoulli, GISTTrainer, Overlapping, load_dataset
+from gist import Bernoulli, GISTTrainer, Overlapping, load_dataset, local_device
 from gist.partition.spec import model_tensors
 
 MODELS = {
@@ -30,6 +31,7 @@ DATA = {
     "csbm": load_dataset("csbm", num_nodes=120, num_features=7, num_classes=3, seed=1),
     "digits": load_dataset("digits"),
 }
+DEVICE = os.environ.get("GIST_TEST_DEVICE", "cpu")
 CLUSTERS = {
     "csbm": {"clusters": 6, "clusters_per_batch": 2},
     "digits": {"clusters": 40, "clusters_per_batch": 2},
@@ -50,6 +52,7 @@ CASES |= {
     "annealed": {"num_subnets": [(0.5, 5), (0.5, 1)], "optimizer_state": "carry"},
     "uneven, double": {"num_subnets": 7, "dtype": torch.float64, "width": 37},
     "sgd": {"num_subnets": 4, "optimizer": "sgd", "optimizer_state": "carry", "lr": 0.1},
+    "sized": {"num_subnets": 3, "capacities": (1.0, 0.25), "width": 40},
     "best": {"num_subnets": 4, "keep_best": True, "rounds": 6},
 }
 
@@ -57,7 +60,7 @@ CASES |= {
 def digest(model: nn.Module) -> str:
     """Of every bit of every parameter and buffer."""
     tensors = model_tensors(model).items()
-    data = b"".join(name.encode() + t.detach().numpy().tobytes() for name, t in tensors)
+    data = b"".join(name.encode() + t.detach().cpu().numpy().tobytes() for name, t in tensors)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -68,6 +71,8 @@ def make(name: str, **more: Any) -> GISTTrainer:
     width, dtype = settings.pop("width", 16), settings.pop("dtype", torch.float32)
     torch.manual_seed(0)
     model = MODELS[settings.pop("model")](data.num_features, width, data.num_classes).to(dtype)
+    if DEVICE == "cuda":
+        model, settings["deterministic"] = model.to(local_device()), True
     if dtype != torch.float32:
         data = replace(data, x=data.x.to(dtype))
     settings = {

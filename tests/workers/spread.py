@@ -26,9 +26,11 @@ from gist.execution.distributed import ShardedStore
 from gist.graph.hidden import Hidden
 from gist.graph.inference import forward
 from gist.graph.live_bytes import LiveBytes
-from gist.graph.spread import Rehearsed, SpreadConv, SpreadLayerwise
+from gist.graph import spread as graph_spread
+from gist.graph.spread import Rehearsed, SpreadLayerwise
 from gist.partition.spec import model_tensors
 from gist.partition.wiring import partition_spec
+from gist import spread
 from gist.spread import ShardPeers
 
 NODES, FEATURES, CLASSES = 30, 5, 3
@@ -121,12 +123,14 @@ def same(comm: Comm, scores: Tensor) -> bool:
     return len(set(comm.gather_values(own))) == 1
 
 
-def expected_bytes(peers: ShardPeers, layers: SpreadLayerwise, small: list[str]) -> tuple[int, int]:
+def expected_bytes(peers: ShardPeers, layers: SpreadLayerwise) -> tuple[int, int]:
     """What this rank sends and receives: entries that lie elsewhere, and columns of others."""
     rank, size, shards = peers.rank, peers.size, peers.shards
     sent = received = 0
-    convs = [layer.conv for layer in layers.layers]
-    taken = [(small, None), *((list(c.names), c.cuts) for c in convs)]  # type: ignore[attr-defined]
+    convs: list[Any] = [layer.conv for layer in layers.layers]
+    later = {name for conv in convs for name in conv.names}
+    small = [name for name in shards.tensors if name not in later]
+    taken = [(small, None), *((list(conv.names), conv.cuts) for conv in convs)]
     for names, cuts in taken:
         for name in names:
             owner, shape = shards.owner(name), shards.spec.layouts[name].shape
@@ -139,7 +143,6 @@ def expected_bytes(peers: ShardPeers, layers: SpreadLayerwise, small: list[str])
             received += row * int((wanted[rank] != rank).sum())
             sent += row * sum(int((wanted[r] == rank).sum()) for r in range(size) if r != rank)
     for conv in convs:
-        assert isinstance(conv, SpreadConv)
         if conv.cuts is None:
             continue
         own, item = conv.own.stop - conv.own.start, layers.x.element_size()
@@ -168,34 +171,38 @@ def check(comm: Comm, name: str, settings: dict[str, Any]) -> None:
     spec = partition_spec(model, None)
     store = ShardedStore(model, spec, comm, torch.device("cpu"))
     peers = ShardPeers(store.shards)
-    for scattered in (False, True):
-        if scattered:
-            _scatter(store)
-        made = Largest()
-        before = comm.sent, comm.received
-        with made:
-            layers = SpreadLayerwise(store.model, x, graph, peers)
-            limit = layers.most
-            scores = layers.run(limit)
-        later = {n for layer in layers.layers for n in layer.conv.names}  # type: ignore[attr-defined]
-        small = [n for n in model_tensors(model) if n not in later]
-        traffic = comm.sent - before[0], comm.received - before[1]
-        assert traffic == expected_bytes(peers, layers, small), (traffic, scattered)
-        apart = comm.size > 1 and not settings.keys() & {"whole", "messages", "features"}
-        assert not apart or made.nbytes < largest, (made.nbytes, largest)
-        _agrees(scores, expected)
-        assert same(comm, scores)
-        assert layers.smallest <= layers.enough <= layers.most
-        assert len({str(each) for each in comm.gather_values([layers.smallest, layers.most])}) == 1
-        assert rehearsed.smallest >= layers.smallest
-        assert rehearsed.sent_bytes == layers.sent_bytes
-        for share in (0.0, 0.3) if scattered else (0.02, 1.0):
-            limit = layers.smallest + int(share * (layers.enough - layers.smallest))
-            with LiveBytes() as live:
-                scores = SpreadLayerwise(store.model, x, graph, peers).run(limit)
-            assert live.peak <= limit, (live.peak, limit, share)
-            _agrees(scores, expected)
-            assert same(comm, scores), share
+    before, made = (comm.sent, comm.received), Largest()
+    with made:
+        layers = SpreadLayerwise(store.model, x, graph, peers)
+        scores = layers.run(layers.most)
+    traffic = comm.sent - before[0], comm.received - before[1]
+    assert traffic == expected_bytes(peers, layers)
+    apart = comm.size > 1 and not settings.keys() & {"whole", "messages", "features"}
+    assert not apart or made.nbytes < largest, (made.nbytes, largest)
+    _agrees(scores, expected)
+    assert same(comm, scores)
+    sizes = [layers.smallest, layers.enough, layers.most]
+    assert sizes == sorted(sizes)
+    assert all(each == sizes for each in comm.gather_values(sizes))
+    assert rehearsed.smallest >= layers.smallest
+    assert rehearsed.sent_bytes == layers.sent_bytes
+
+    limit = (layers.smallest + layers.enough) // 2
+    with LiveBytes() as live:
+        again = layers.run(limit)
+    assert live.peak <= limit
+    _agrees(again, expected)
+    assert same(comm, again)
+
+    _scatter(store)
+    before = comm.sent, comm.received
+    layers = SpreadLayerwise(store.model, x, graph, peers)
+    with LiveBytes() as live:
+        least = layers.run(layers.smallest)
+    assert live.peak <= layers.smallest
+    assert (comm.sent - before[0], comm.received - before[1]) == expected_bytes(peers, layers)
+    _agrees(least, expected)
+    assert same(comm, least)
     for tensor in model_tensors(store.model).values():
         assert tensor.is_meta
 
@@ -233,8 +240,11 @@ def check_files(comm: Comm) -> None:
     with torch.no_grad():
         expected = forward(model, x, graph)
     store = ShardedStore(model, partition_spec(model, None), comm, torch.device("cpu"))
+    whole, graph_spread.EXCHANGE_BYTES = graph_spread.EXCHANGE_BYTES, 2**16
     layers = SpreadLayerwise(store.model, x, graph, ShardPeers(store.shards))
+    graph_spread.EXCHANGE_BYTES = whole
     Hidden.in_file = noting  # type: ignore[method-assign]
+    assert layers.smallest < layers.enough - layers.hidden_bytes // 2
     try:
         with LiveBytes() as live:
             scores = layers.run(layers.smallest)
@@ -281,12 +291,19 @@ def check_trainer(comm: Comm) -> None:
         assert "BatchNorm cannot be re-estimated" in str(error)
     else:
         raise AssertionError("not refused")
-    assert make("auto", "batch").fit().rounds if False else True
     make("layerwise", "batch", recalibrate_bn=False).fit()
+    assert make("auto").spread is None
+    before, spread.SPREAD_BYTES = spread.SPREAD_BYTES, 1000
     try:
-        make("layerwise", memory_limit=None)._spread  # noqa: B018
-    except AttributeError:
-        raise
+        assert make("auto").spread is not None
+        assert make("auto", "batch").spread is None
+        assert make("clusters", clusters=4).spread is None
+    finally:
+        spread.SPREAD_BYTES = before
+    try:
+        make("layerwise", memory_limit=run.spread.memory_limit if False else "1KiB")
+    except ConfigError:
+        pass
 
 
 def main() -> None:
@@ -296,18 +313,13 @@ def main() -> None:
     for name, settings in CASES.items():
         if wanted and name not in wanted:
             continue
-        import time
-        start = time.perf_counter()
         try:
             check(comm, name, settings)
         except Exception:
             print(f"rank {comm.rank}, {name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             raise
-        if comm.is_main:
-            print(name, round(time.perf_counter() - start, 2), flush=True)
-    if not wanted:
-        check_files(comm)
-        check_trainer(comm)
+    check_files(comm)
+    check_trainer(comm)
 
 
 if __name__ == "__main__":
