@@ -33,13 +33,13 @@ from gist.config import (
 )
 from gist.costs.costs import render as render_costs
 from gist.errors import ConfigError, GistError
-from gist.execution.comm import local_device
+from gist.execution.comm import is_launched, local_device
 from gist.experiment import BASELINES, METHODS, MODELS, Experiment, plan_run
 from gist.graph.batch import training_graph
 from gist.graph.cards import list_cards, load_card
 from gist.graph.clusters import Cluster
 from gist.graph.datasets import data_folders, load_dataset, prepare_dataset
-from gist.launch import is_worker, launch
+from gist.launch import launch
 
 app = typer.Typer(
     help="Independent subnet training of graph networks.",
@@ -205,7 +205,7 @@ def train(
         },
         seed=seed,
     )
-    if workers is not None and not is_worker():
+    if workers is not None and not is_launched():
         experiment.check_workers(workers)
         raise SystemExit(
             launch(["-m", "gist", *sys.argv[1:]], workers=workers, max_restarts=max_restarts)
@@ -471,7 +471,7 @@ def main() -> None:
     try:
         app()
     except (GistError, OSError) as error:
-        who = f" of worker {os.environ['RANK']}" if is_worker() else ""
+        who = f" of worker {os.environ['RANK']}" if is_launched() else ""
         _errors.print(f"[bold red]error[/]{who}: {_escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
 
@@ -569,7 +569,7 @@ def _use(threads: int | None, device: str) -> str:
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        if is_worker() and device == "cuda":
+        if is_launched() and device == "cuda":
             device = str(local_device())
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

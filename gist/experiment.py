@@ -25,12 +25,15 @@ from gist.config import GraphConfig, TrainConfig, split_settings
 from gist.costs.costs import Costs
 from gist.costs.estimate import estimate_costs
 from gist.errors import ConfigError
+from gist.execution.comm import is_launched
+from gist.execution.initialise import initialise, place_model
 from gist.graph.cards import load_card
 from gist.graph.data import GraphData
 from gist.graph.datasets import load_dataset
 from gist.graph.outline import GraphShape
 from gist.history import TrainResult
 from gist.nn import GAT, GCN, GraphSAGE
+from gist.partition.spec import model_tensors
 from gist.partition.streams import seeded
 from gist.trainer import GISTTrainer, require_subnets
 
@@ -48,6 +51,10 @@ _WHOLE = ("full", "local-sgd", "data-parallel")
 
 _MEASURED_WITH = {"num_subnets", "hidden", "epochs", "rounds", "fast_dev_run"}
 """Settings that a card's schedule of subnets was measured with: it goes with no others."""
+
+LARGE_MODEL_BYTES = 2**28
+"""A larger model is drawn by :func:`~gist.execution.initialise.initialise`, wherever it lives, so
+that no worker has to hold all of it, and any number of them starts from the same values."""
 
 GRAPH_SIZES = ("num_nodes", "num_edges", "num_features", "num_classes")
 MODEL_SETTINGS = ("model", "hidden", "layers", "norm", "dropout", "heads")
@@ -138,8 +145,17 @@ class Experiment:
                     got=f"device={device!r}",
                     remedy="use store='memory', or device='cpu'",
                 )
-            with torch.device("meta"):  # its file is initialised instead, from the same seed
-                model = build_model(data, seed=self.seed, **model_settings)
+        with torch.device("meta"):
+            model = build_model(data, seed=self.seed, **model_settings)
+        large = sum(p.nbytes for p in model.parameters()) > LARGE_MODEL_BYTES
+        if large and is_launched() and device != "cpu":
+            settings.setdefault("backend", "nccl")
+        if settings.get("store") == "disk" or (large and is_launched()):
+            pass  # it is initialised where its tensors will live, from the same seed
+        elif large:
+            tensors = model_tensors(model).items()
+            place_model(model, {n: torch.empty_like(t, device=device) for n, t in tensors})
+            initialise(model, self.seed)
         else:
             model = build_model(data, seed=self.seed, **model_settings).to(device)
         kinds = {"data-parallel": DataParallelTrainer, "ensemble": EnsembleTrainer}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
 
 import torch.distributed as dist
 
@@ -16,34 +15,37 @@ from gist.errors import ConfigError
 from gist.execution.comm import listen
 
 _LOOPBACK = "127.0.0.1"
-_FORWARDED = (signal.SIGTERM, signal.SIGINT)
 
 GRACE_SECONDS = 600
 """For a worker that was told to stop: to finish its round, and to write a checkpoint."""
 
 
-def is_worker() -> bool:
-    """Whether torchrun, or another launcher, started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def launch(command: Sequence[str], *, workers: int, max_restarts: int = 0) -> int:
-    """Runs a Python command in so many processes, and returns torchrun's exit status.
+    """Runs a Python command in so many processes, and returns their exit status.
 
-    The store at which the workers meet is kept by this process, and listens on the loopback address
-    alone; Gloo's connections stay there too. Each worker may use its share of the cores unless
-    ``OMP_NUM_THREADS`` says otherwise. SIGTERM and SIGINT are handed on.
+    This process is torchrun's agent meanwhile, and keeps the store at which it would meet others,
+    which listens on the loopback address alone; rank 0's store and Gloo's connections stay there
+    too. Each worker may use its share of the cores unless ``OMP_NUM_THREADS`` says otherwise.
+    SIGTERM and SIGINT are handed on.
 
     Args:
         command: What follows ``python``, such as ``["-m", "gist", "train", ...]``.
         workers: Number of processes.
         max_restarts: How often all of them are started again when one has died.
 
+    Returns:
+        0; or the status of the worker that failed first, 128 more than the signal's number where it
+        was killed.
+
     Raises:
         ConfigError: PyTorch was built without torch.distributed.
     """
     if not dist.is_available():
         raise ConfigError("this PyTorch has no torch.distributed", remedy="leave --workers out")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
     listener = listen(_LOOPBACK)
     port = listener.getsockname()[1]
     store = dist.TCPStore(
@@ -54,42 +56,61 @@ def launch(command: Sequence[str], *, workers: int, max_restarts: int = 0) -> in
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(_cores() // workers, 1)))
-    # Else the agent opens a store for the workers, on all addresses; so rank 0 does, on its own.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    settings = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(_cores() // workers, 1))),
+        # Else the agent opens a store for the workers, on all addresses; so rank 0 does, on its own.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torchrun = [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        settings["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    arguments = [
         f"--nproc-per-node={workers}",
         f"--max-restarts={max_restarts}",
+        "--monitor-interval=0.1",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={_LOOPBACK}:{port}",
         "--rdzv-conf=is_host=false",
         f"--shutdown-timeout={GRACE_SECONDS}",
         f"--local-addr={_LOOPBACK}",
-        *_entry(command),
+        *command,
     ]
-    process = subprocess.Popen(torchrun, env=environment)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        if process.poll() is None:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        return process.wait()
+        with _environment(settings), _quiet("torch.distributed.elastic"):
+            run(parse_args(arguments))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"worker {rank} was killed by {failure.signal_name()}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if process.poll() is None:
-            process.kill()
         del store
+    return 0
 
 
-def _entry(command: Sequence[str]) -> list[str]:
-    return ["-m", *command[1:]] if command[0] == "-m" else [*command]
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """What the workers find in theirs."""
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Logs of a library that repeat what workers have said, left out."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _cores() -> int:

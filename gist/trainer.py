@@ -23,7 +23,7 @@ from gist.costs.room import Room, find_room
 from gist.errors import CheckpointError, ConfigError, PartitionError
 from gist.execution.allocator import gives_back_freed_memory, keeps_freed_memory
 from gist.execution.auto import AutoExecutor
-from gist.execution.comm import join
+from gist.execution.comm import join, local_device
 from gist.execution.distributed import ShardedStore
 from gist.execution.executor import Executor
 from gist.execution.local import make_optimizer
@@ -117,7 +117,7 @@ class SubnetTrainer:
         if config is not None and settings:
             raise ConfigError("give either config or settings", got=sorted(settings))
         self.config = config or TrainConfig.from_settings(settings)
-        self.device = _device_of(model)
+        self.device = _device_of(model, self.config)
         self.comm = join(
             self.device, backend=self.config.backend, timeout=self.config.worker_timeout
         )
@@ -630,8 +630,8 @@ class GISTTrainer(SubnetTrainer):
     Graphs larger than a step train on clusters: ``clusters=1500, clusters_per_batch=10``, or on
     other batches: ``batches=LADIES(nodes_per_layer=(512, 512))``.
 
-    Under torchrun a model that is large, or with ``evaluation="layerwise"`` any, is evaluated layer by
-    layer by all workers, and never assembled (:mod:`gist.spread`).
+    Under torchrun a large model, or with ``evaluation="layerwise"`` any, is evaluated layer by layer
+    by all workers, and never assembled (:mod:`gist.spread`).
 
     Args:
         model: A :mod:`gist.nn` model, a PyG ``GCN``, ``GraphSAGE``, ``GAT`` or ``GIN``, or any
@@ -672,7 +672,7 @@ class GISTTrainer(SubnetTrainer):
             config, training = TrainConfig.from_settings(training), {}
         objective = GraphObjective(
             data,
-            _device_of(model),
+            _device_of(model, config),
             _recipe(self.graph_config),
             inductive=self.graph_config.inductive,
             evaluation=_evaluation(self.graph_config, config, model),
@@ -827,7 +827,8 @@ def _evaluation(config: GraphConfig, training: TrainConfig, model: nn.Module) ->
     return "layerwise" if config.evaluation == "auto" and on_disk else config.evaluation
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def _device_of(model: nn.Module, config: TrainConfig) -> torch.device:
+    """Where a model is to be trained: where it is; without values, on the GPU for NCCL."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
             "model must be a module", got=repr(model), remedy="call the class to make a model"
@@ -835,7 +836,9 @@ def _device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise PartitionError(f"{type(model).__name__} has no parameters to train")
-    return torch.device("cpu") if parameter.is_meta else parameter.device
+    if not parameter.is_meta:
+        return parameter.device
+    return local_device() if config.backend == "nccl" else torch.device("cpu")
 
 
 def _make_folder(folder: Path) -> None:

@@ -277,6 +277,11 @@ _PULSES: list[Pulse] = []
 """Of this process: one, once it has joined a run."""
 
 
+def is_launched() -> bool:
+    """Whether torchrun, or another launcher of PyTorch, started this process."""
+    return all(name in os.environ for name in _LAUNCHED)
+
+
 def join(
     device: torch.device, *, backend: str | None = None, timeout: float = DEFAULT_TIMEOUT
 ) -> Comm:
@@ -293,8 +298,7 @@ def join(
     Raises:
         ConfigError: the backend is not there, or ranks of one machine share a GPU.
     """
-    launched = all(name in os.environ for name in _LAUNCHED)
-    if not dist.is_available() or not (launched or dist.is_initialized()):
+    if not dist.is_available() or not (is_launched() or dist.is_initialized()):
         return Comm(device)
     if not dist.is_initialized():
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")

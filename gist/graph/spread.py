@@ -29,7 +29,7 @@ EXCHANGE_BYTES = 16 * 2**20
 
 
 _RESIDENT_BLOCKS = 8
-"""Of each hidden layer in a file a quarter of what is left is resident: a block at least, of three."""
+"""Room for so many, where hidden layers are in files: of each, a quarter of what is left of it."""
 
 
 class Waiting(Protocol):
@@ -146,9 +146,9 @@ class SpreadConv(Blockwise):
             self.rows = min(max(EXCHANGE_BYTES // (2 * row), 1), graph.num_nodes)
             flight = 2 * self.rows * row
         self.held = kept + flight
-        self._smallest = max(peak, self.held + max(trial.smallest for trial in trials))
-        self._enough = max(peak, self.held + max(trial.enough for trial in trials))
-        self._most = max(peak, self.held + max(trial.most for trial in trials))
+        self._smallest: int = max(peak, self.held + max(trial.smallest for trial in trials))
+        self._enough: int = max(peak, self.held + max(trial.enough for trial in trials))
+        self._most: int = max(peak, self.held + max(trial.most for trial in trials))
         self._width = trials[0].out_width if cuts is None else stage.width
 
     def _flight_bytes(self, cuts: Sequence[slice]) -> int:

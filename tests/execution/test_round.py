@@ -370,7 +370,7 @@ def test_carried_state_covers_exactly_what_was_trained():
     for i in range(3):
         rows, columns = assignment.held["hidden.1"][i], assignment.held["hidden.0"][i]
         seen[rows[:, None], columns] = True
-    assert torch.equal(carried.seen["convs.1.lin.weight"], seen)
-    moments = carried.moments["exp_avg_sq"]["convs.1.lin.weight"]
+    assert torch.equal(carried.tensors["seen/convs.1.lin.weight"], seen)
+    moments = carried.tensors["exp_avg_sq/convs.1.lin.weight"]
     assert not moments[~seen].any()
     assert moments[seen].all()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-import traceback
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch_geometric.nn as pyg
 import torch_geometric.nn.models as zoo
@@ -19,18 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gist.nn
-from gist import Adjacency, DisjointUniform, GISTTrainer, load_dataset
+from gist import Adjacency, DisjointUniform, GISTTrainer, load_dataset, spread
 from gist.errors import ConfigError
 from gist.execution.comm import Comm, join
 from gist.execution.distributed import ShardedStore
+from gist.graph import spread as graph_spread
 from gist.graph.hidden import Hidden
 from gist.graph.inference import forward
 from gist.graph.live_bytes import LiveBytes
-from gist.graph import spread as graph_spread
 from gist.graph.spread import Rehearsed, SpreadLayerwise
 from gist.partition.spec import model_tensors
 from gist.partition.wiring import partition_spec
-from gist import spread
 from gist.spread import ShardPeers
 
 NODES, FEATURES, CLASSES = 30, 5, 3
@@ -106,9 +107,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        known = {
-            t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)
-        }
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
@@ -155,7 +154,8 @@ def expected_bytes(peers: ShardPeers, layers: SpreadLayerwise) -> tuple[int, int
     return sent, received
 
 
-def check(comm: Comm, name: str, settings: dict[str, Any]) -> None:
+def check(comm: Comm, settings: dict[str, Any]) -> None:
+    """One model: exact, the same on all ranks, within its limits, with the bytes it should send."""
     model = build(**settings)
     first = next(iter(model.parameters()))
     generator = torch.Generator().manual_seed(1)
@@ -234,9 +234,9 @@ def check_files(comm: Comm) -> None:
         return in_file(shape, *args, **kwargs)
 
     model = build(family="GraphSAGE", width=64)
-    nodes = 2000
-    graph = Adjacency(torch.randint(nodes, (2, 6000), generator=torch.Generator().manual_seed(0)), nodes)
-    x = torch.randn(nodes, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    nodes, generator = 2000, torch.Generator().manual_seed(0)
+    graph = Adjacency(torch.randint(nodes, (2, 6000), generator=generator), nodes)
+    x = torch.randn(nodes, FEATURES, dtype=torch.float64, generator=generator)
     with torch.no_grad():
         expected = forward(model, x, graph)
     store = ShardedStore(model, partition_spec(model, None), comm, torch.device("cpu"))
@@ -257,40 +257,42 @@ def check_files(comm: Comm) -> None:
 
 
 def check_trainer(comm: Comm) -> None:
-    """What a trainer evaluates and predicts with is the same model."""
+    """A trainer evaluates and predicts with the model that it has, and never assembles it."""
     data = load_dataset("csbm", num_nodes=120, num_features=7, num_classes=3, seed=1)
 
     def make(how: str, norm: str = "layer", **more: Any) -> GISTTrainer:
         torch.manual_seed(0)
         model = gist.nn.GraphSAGE(7, 20, 3, num_layers=3, norm=norm)
-        return GISTTrainer(
-            model, data, num_subnets=4, local_steps=2, rounds=3, evaluation=how, progress=False,
-            executor="serial" if comm.size == 1 and not comm.is_distributed else "auto", **more
-        )
+        given = {"local_steps": 2, "rounds": 3, "progress": False, "evaluation": how, **more}
+        return GISTTrainer(model, data, num_subnets=4, **given)
 
-    run = make("layerwise")
-    assembles = ShardedStore.assembled
+    run, assembled = make("layerwise"), ShardedStore.assembled
     ShardedStore.assembled = None  # type: ignore[method-assign, assignment]
     try:
         result = run.fit()
-        scores = run.predict()
-        metrics = run.evaluate("test")
+        scores, metrics = run.predict(), run.evaluate("test")
     finally:
-        ShardedStore.assembled = assembles  # type: ignore[method-assign]
+        ShardedStore.assembled = assembled  # type: ignore[method-assign]
     assert same(comm, scores)
     whole = run.gather_model()
     if whole is not None:
         with torch.no_grad():
             _agrees(scores, forward(whole, data.x, data.adjacency))
     other = make("full")
+    assert other.spread is None
     assert other.fit().test_metric == result.test_metric
     assert other.evaluate("test") == metrics
-    try:
+
+    state = run._more_choices()
+    assert run.spread is not None
+    assert state["spread_limit"] == run.spread.memory_limit
+    run._restore_more({**state, "spread_limit": 2**22})
+    assert run.spread.memory_limit == 2**22
+    run._restore_more({**state, "spread_limit": 2**60})
+    assert run.spread.memory_limit == 2**22
+
+    with pytest.raises(ConfigError, match="BatchNorm cannot be re-estimated"):
         make("layerwise", "batch")
-    except ConfigError as error:
-        assert "BatchNorm cannot be re-estimated" in str(error)
-    else:
-        raise AssertionError("not refused")
     make("layerwise", "batch", recalibrate_bn=False).fit()
     assert make("auto").spread is None
     before, spread.SPREAD_BYTES = spread.SPREAD_BYTES, 1000
@@ -300,26 +302,22 @@ def check_trainer(comm: Comm) -> None:
         assert make("clusters", clusters=4).spread is None
     finally:
         spread.SPREAD_BYTES = before
-    try:
-        make("layerwise", memory_limit=run.spread.memory_limit if False else "1KiB")
-    except ConfigError:
-        pass
+    run.spread = replace(run.spread, memory_limit=1000)
+    with pytest.raises(ConfigError, match="memory_limit is too small"):
+        run.spread.check()
 
 
 def main() -> None:
     torch.set_num_threads(1)
     comm = join(torch.device("cpu"), timeout=60)
-    wanted = sys.argv[1:]
-    for name, settings in CASES.items():
-        if wanted and name not in wanted:
-            continue
+    checks = {name: partial(check, comm, settings) for name, settings in CASES.items()}
+    checks |= {"files": partial(check_files, comm), "trainer": partial(check_trainer, comm)}
+    for name in sys.argv[1:] or checks:
         try:
-            check(comm, name, settings)
-        except Exception:
-            print(f"rank {comm.rank}, {name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            checks[name]()
+        except Exception as error:
+            error.add_note(f"rank {comm.rank}, {name}")
             raise
-    check_files(comm)
-    check_trainer(comm)
 
 
 if __name__ == "__main__":
