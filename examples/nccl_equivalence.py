@@ -34,6 +34,7 @@ def compared(alone: dict[str, Any], got: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    """Runs the suite, and says what differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--workers", type=int, nargs="+", help="default: 1 to the number of GPUs")

@@ -33,7 +33,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def files(self, name: str) -> list[Path]:
-        """The safetensors files of a set of tensors, such as ``model``: one, or one of each rank."""
+        """The safetensors files of a set of tensors, such as ``model``: one, or each rank's."""
         whole = self.folder / f"{name}.safetensors"
         return [whole] if whole.exists() else sorted(self.folder.glob(f"{name}-*-of-*.safetensors"))
 

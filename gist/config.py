@@ -57,8 +57,8 @@ class TrainConfig:
         width_correction: Scale sums over narrowed inputs up to the whole width; None does so where
             no normalisation takes care of it (:func:`~gist.partition.subnet.corrected_paths`).
         executor: Where subnets run: ``"serial"`` one after the other, ``"stacked"`` as one grouped
-            model, ``"auto"`` whichever measures faster here (by rule where ``deterministic``). Under
-            torchrun each says so of the subnets of one worker; ``"distributed"`` is as
+            model, ``"auto"`` whichever measures faster here (by rule where ``deterministic``).
+            Under torchrun each says so of the subnets of one worker; ``"distributed"`` is as
             ``"serial"``, and refuses to run without workers.
         shared_batches: Whether all subnets of a round see the same batches, or each its own. None
             lets serial subnets see their own (the papers), stacked and auto ones the same.
@@ -280,7 +280,9 @@ class GraphConfig:
         inductive: Train on the subgraph of the training nodes alone; evaluate on the whole graph.
         evaluation: How the model is evaluated: ``"full"`` in one pass, ``"layerwise"`` layer by
             layer in blocks under ``memory_limit``, ``"clusters"`` on the unions of clusters (the
-            papers, not exact), ``"auto"`` in one pass where it fits, else layer by layer.
+            papers, not exact), ``"auto"`` in one pass where it fits, else layer by layer. Over
+            several workers ``"layerwise"``, and ``"auto"`` with a model of over 64 MiB, is layer by
+            layer on all of them; else the model is put together on rank 0.
 
     Raises:
         ConfigError: a value that cannot be used.

@@ -138,25 +138,23 @@ class Experiment:
         """
         settings = self.resolved()
         model_settings = {k: settings.pop(k) for k in MODEL_SETTINGS if k in settings}
-        if settings.get("store") == "disk":
-            if device != "cpu":
-                raise ConfigError(
-                    "a store on disk holds a model of the CPU",
-                    got=f"device={device!r}",
-                    remedy="use store='memory', or device='cpu'",
-                )
+        on_disk = settings.get("store") == "disk"
+        if on_disk and device != "cpu":
+            raise ConfigError(
+                "a store on disk holds a model of the CPU",
+                got=f"device={device!r}",
+                remedy="use store='memory', or device='cpu'",
+            )
         with torch.device("meta"):
             model = build_model(data, seed=self.seed, **model_settings)
         large = sum(p.nbytes for p in model.parameters()) > LARGE_MODEL_BYTES
         if large and is_launched() and device != "cpu":
             settings.setdefault("backend", "nccl")
-        if settings.get("store") == "disk" or (large and is_launched()):
-            pass  # it is initialised where its tensors will live, from the same seed
-        elif large:
+        if large and not (on_disk or is_launched()):
             tensors = model_tensors(model).items()
             place_model(model, {n: torch.empty_like(t, device=device) for n, t in tensors})
             initialise(model, self.seed)
-        else:
+        elif not (large or on_disk):  # else it is initialised where its tensors will live
             model = build_model(data, seed=self.seed, **model_settings).to(device)
         kinds = {"data-parallel": DataParallelTrainer, "ensemble": EnsembleTrainer}
         return kinds.get(self.method, GISTTrainer)(model, data, **settings)

@@ -42,13 +42,14 @@ def launch(command: Sequence[str], *, workers: int, max_restarts: int = 0) -> in
     """
     if not dist.is_available():
         raise ConfigError("this PyTorch has no torch.distributed", remedy="leave --workers out")
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     listener = listen(_LOOPBACK)
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         _LOOPBACK,
         port,
         is_master=True,
@@ -58,7 +59,7 @@ def launch(command: Sequence[str], *, workers: int, max_restarts: int = 0) -> in
     )
     settings = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(_cores() // workers, 1))),
-        # Else the agent opens a store for the workers, on all addresses; so rank 0 does, on its own.
+        # Else the agent opens a store for the workers, on all addresses; now rank 0 opens one.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if sys.platform == "linux":

@@ -168,7 +168,7 @@ class SubnetTrainer:
             WorkerLostError: another worker died.
         """
         if restarts() and self._has_checkpoints():
-            resume = self.config.out
+            resume = Path(str(self.config.out))
         if resume is not None:
             self.load_checkpoint(resume)
         elif self.result is not None:
@@ -193,8 +193,8 @@ class SubnetTrainer:
                     break
                 record = self._run_round(plan)
                 progress.update(record, len(self.history))
-                stop = any([callback(self, record) for callback in self.config.callbacks])
-                wishes = self.comm.gather_values([stop, termination.asked])
+                wanted = [callback(self, record) for callback in self.config.callbacks]
+                wishes = self.comm.gather_values([any(wanted), termination.asked])
                 if any(asked for _, asked in wishes):
                     self.save_checkpoint()
                     raise SystemExit(termination.status)
@@ -272,7 +272,9 @@ class SubnetTrainer:
         """Adds the merged model's metrics to the last record, and keeps the model if it is best."""
         start = time.perf_counter()
         wanted = self.config.recalibrate_bn
-        metrics = self._metrics(plan if (plan.num_subnets > 1 if wanted is None else wanted) else None)
+        metrics = self._metrics(
+            plan if (plan.num_subnets > 1 if wanted is None else wanted) else None
+        )
         seconds = self.history[-1].eval_seconds + time.perf_counter() - start
         record = replace(self.history[-1], eval_seconds=seconds, **metrics)  # type: ignore[arg-type]
         self.history[-1] = record
@@ -364,7 +366,8 @@ class SubnetTrainer:
         own["settings"] = {k: v for k, v in own["settings"].items() if k not in _FREE_ON_RESUME}
         first = self.comm.from_main(own)
         differ = sorted(
-            key for key in {**own, **own["settings"]}
+            key
+            for key in {**own, **own["settings"]}
             if {**own, **own["settings"]}[key] != {**first, **first["settings"]}.get(key)
         )
         odd = [rank for rank, each in enumerate(self.comm.gather_values(differ)) if each]
@@ -630,8 +633,8 @@ class GISTTrainer(SubnetTrainer):
     Graphs larger than a step train on clusters: ``clusters=1500, clusters_per_batch=10``, or on
     other batches: ``batches=LADIES(nodes_per_layer=(512, 512))``.
 
-    Under torchrun a large model, or with ``evaluation="layerwise"`` any, is evaluated layer by layer
-    by all workers, and never assembled (:mod:`gist.spread`).
+    Under torchrun a large model, or with ``evaluation="layerwise"`` any, is evaluated layer by
+    layer by all workers, and never assembled (:mod:`gist.spread`).
 
     Args:
         model: A :mod:`gist.nn` model, a PyG ``GCN``, ``GraphSAGE``, ``GAT`` or ``GIN``, or any

@@ -88,7 +88,8 @@ def train(machines: list[str], given: dict[str, Any]) -> Row:
             for rank, name in enumerate(machines)
         ]
         try:
-            if any([process.wait() for process in processes]):
+            failed = [process.wait() for process in processes]
+            if any(failed):
                 raise SystemExit("a worker failed")
         finally:
             for process in processes:
@@ -98,6 +99,7 @@ def train(machines: list[str], given: dict[str, Any]) -> Row:
 
 
 def main() -> None:
+    """Measures, and prints the table."""
     parser = options(__doc__, threads=1, repeats=1)
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
     parser.add_argument("--nodes", type=int, default=10_000)

@@ -1,4 +1,4 @@
-"""One worker of one run, for workers.py and slow_link.py: trains, and rank 0 writes what it took."""
+"""One worker of a run, for workers.py and slow_link.py: trains; rank 0 writes what it took."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers on one machine, one thread each: against one worker, local SGD and data parallel training.
+"""Workers on one machine, one thread each: against one, local SGD and data parallel training.
 
 Three tables, each of real torchrun processes on Gloo:
 
@@ -128,6 +128,7 @@ def wide(parsed: Any) -> list[Row]:
 
 
 def main() -> None:
+    """Measures, and prints the tables."""
     parser = options(__doc__, threads=1)
     parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--clusters", type=int, default=50)

@@ -5,6 +5,7 @@ Shape legend: ``m`` batches per step, ``W`` ranks, ``P`` bytes of the trained pa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -36,6 +37,10 @@ from gist.partition.streams import ResumedStream
 from gist.partition.wiring import Wiring
 from gist.plan import RoundPlan
 from gist.trainer import GISTTrainer
+
+_SYNC_BUFFERS = "broadcast_buffers"
+if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "forward_sync_buffers"  # the newer name, since PyTorch 2.13
 
 
 def data_parallel_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +264,10 @@ class DataParallelExecutor(SerialExecutor):
         wanted = [name for name, p in program.parameters.items() if p.requires_grad]
         if self._parallel is None or self._parallel[:2] != (program, wanted):
             parallel = DistributedDataParallel(
-                loss, process_group=self.comm.group, broadcast_buffers=False, init_sync=False
+                loss,
+                process_group=self.comm.group,
+                init_sync=False,
+                **{_SYNC_BUFFERS: False},  # type: ignore[arg-type]
             )
             # Without annotations: they would be text here, which PyTorch does not read.
             parallel.register_comm_hook(None, lambda state, bucket: self._average(bucket))

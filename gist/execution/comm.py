@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from gist.errors import ConfigError, GistError, WorkerLostError
 
@@ -104,7 +105,9 @@ class Comm:
         """Ranks that share this machine's memory, as the launcher says."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
 
-    def start(self, outgoing: Tensor, counts_out: Sequence[int], counts_in: Sequence[int]) -> Pending:
+    def start(
+        self, outgoing: Tensor, counts_out: Sequence[int], counts_in: Sequence[int]
+    ) -> Pending:
         """Starts to send a part of ``outgoing`` to each rank, and to receive one from each.
 
         Args:
@@ -117,7 +120,7 @@ class Comm:
         received = outgoing.new_empty(sum(counts_in))
         if self.size == 1:
             return Pending(self, received)
-        assert not counts_out[self.rank] and not counts_in[self.rank], "nothing goes to oneself"
+        assert counts_out[self.rank] == counts_in[self.rank] == 0, "nothing goes to oneself"
         self.sent += sum(counts_out) * outgoing.element_size()
         self.received += sum(counts_in) * outgoing.element_size()
         with self.guarded():
@@ -142,7 +145,7 @@ class Comm:
         counts_in = [count * other for count, other in zip(counts, others, strict=True)]
         counts_out = [own.numel() * other for other in others]
         received = self.start(own.repeat(self.size - 1), counts_out, counts_in).wait()
-        parts = list(received.split(counts_in))
+        parts = list(torch.split(received, counts_in))
         parts[self.rank] = own
         return parts
 
@@ -232,9 +235,7 @@ class Pulse:
         serves: Whether this process keeps that store.
     """
 
-    def __init__(
-        self, connect: Callable[[], dist.Store], rank: int, size: int, *, serves: bool
-    ) -> None:
+    def __init__(self, connect: Callable[[], Store], rank: int, size: int, *, serves: bool) -> None:
         self._connect, self._rank, self._size, self._serves = connect, rank, size, serves
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="gist-pulse", daemon=True)
@@ -264,7 +265,7 @@ class Pulse:
             return [0]  # who keeps the store
         return lost
 
-    def _beats(self, store: dist.Store) -> list[int]:
+    def _beats(self, store: Store) -> list[int]:
         return [int(store.add(f"beat/{rank}", 0)) for rank in range(self._size)]
 
     def stop(self) -> None:
@@ -336,7 +337,7 @@ def _initialise(device: torch.device, backend: str, timeout: float) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(prefix, store),
+        store=PrefixStore(prefix, store),
         rank=rank,
         world_size=size,
         timeout=patience,
@@ -344,7 +345,7 @@ def _initialise(device: torch.device, backend: str, timeout: float) -> None:
     short = timedelta(seconds=min(timeout, 30.0))
     _PULSES.append(
         Pulse(
-            lambda: dist.PrefixStore(prefix, _connect(host, port, short)),
+            lambda: PrefixStore(prefix, _connect(host, port, short)),
             rank,
             size,
             serves=serves,
@@ -361,14 +362,14 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _connect(host: str, port: int, patience: timedelta) -> dist.TCPStore:
-    return dist.TCPStore(host, port, is_master=False, timeout=patience)
+def _connect(host: str, port: int, patience: timedelta) -> TCPStore:
+    return TCPStore(host, port, is_master=False, timeout=patience)
 
 
-def _serve(host: str, port: int, size: int, patience: timedelta) -> dist.TCPStore:
+def _serve(host: str, port: int, size: int, patience: timedelta) -> TCPStore:
     """A store that listens where it is to be reached, and nowhere else."""
     listener = listen(host, port)
-    return dist.TCPStore(
+    return TCPStore(
         host,
         listener.getsockname()[1],
         size,
@@ -409,4 +410,3 @@ def local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-

@@ -198,7 +198,9 @@ class ShardedStore:
                 for name, tensor in model_tensors(self.model).items()
             }
             place_model(model, empty)
-        self._stream(None if model is None else {n: t.detach() for n, t in model_tensors(model).items()})
+        self._stream(
+            None if model is None else {n: t.detach() for n, t in model_tensors(model).items()}
+        )
         return model
 
     def take(self, model: nn.Module | None, names: Sequence[str]) -> None:
@@ -298,15 +300,13 @@ class ShardedState(CarriedState):
             raise ConfigError(
                 "optimizer_state='carry' over several workers carries what the first round had",
                 got=f"new: {', '.join(new[:3])}",
-                remedy="leave requires_grad as it is during the run, or use optimizer_state='reset'",
+                remedy="leave requires_grad as it is in a run, or use optimizer_state='reset'",
             )
 
     def room_for(self, names: Any) -> None:
         """See :meth:`CarriedState.room_for`."""
         self.spec = self._spec_of(sorted(names))
-        like = {
-            full: torch.empty(0, dtype=self._dtype(full)) for full in self.spec.layouts
-        }
+        like = {full: torch.empty(0, dtype=self._dtype(full)) for full in self.spec.layouts}
         self.shards = Shards(self.comm, self.spec, like, self.device)
         self.tensors = self.shards.tensors
 

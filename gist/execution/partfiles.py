@@ -94,7 +94,9 @@ def read_rows(
             got=", ".join(f"{n} {'missing' if n in into else 'there'}" for n in differ[:5]),
             remedy="build the model with the arguments that it was trained with",
         )
-    missing = {name: torch.ones(t.numel(), dtype=torch.bool) for name, t in rows.items() if t is not None}
+    missing = {
+        name: torch.ones(t.numel(), dtype=torch.bool) for name, t in rows.items() if t is not None
+    }
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
@@ -108,7 +110,8 @@ def read_rows(
             raise CheckpointError(f"{path} cannot be read", got=error) from error
     if lacking := [name for name, each in missing.items() if bool(each.any())]:
         raise CheckpointError(
-            f"{paths[0].parent} does not hold all of the model", got=f"parts of {lacking[0]} missing"
+            f"{paths[0].parent} does not hold all of the model",
+            got=f"parts of {lacking[0]} missing",
         )
 
 

@@ -132,7 +132,7 @@ class RoundExecutor(ABC):
     def _losses_of_all(
         self, plan: RoundPlan, assignment: Assignment, losses: list[Tensor]
     ) -> Tensor:
-        """``[m]``: the mean loss of every subnet, on every rank, so that all stop where one must."""
+        """``[m]``: the mean loss of every subnet, on every rank: all stop where one must."""
         if self.comm.size == 1:
             return torch.cat(losses)
         m, size = assignment.num_subnets, self.comm.size

@@ -23,7 +23,7 @@ Part = dict[str, Tensor]
 """What one subnet holds, by name."""
 
 _EXCHANGE_BYTES = 64 * 2**20
-"""Tensors are exchanged in groups of about this size: one is on its way while the next is packed."""
+"""Tensors are exchanged in groups of about this size: one is packed while another travels."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,9 @@ class Shards:
         """Takes over what :meth:`copy` or :meth:`view` gave."""
         self.tensors, self._placements = copy["tensors"], copy["placements"]
 
-    def deal(self, selections: Sequence[Selection], names: Iterable[str] | None = None) -> list[Part]:
+    def deal(
+        self, selections: Sequence[Selection], names: Iterable[str] | None = None
+    ) -> list[Part]:
         """What this rank's subnets hold; all ranks take part.
 
         Args:
@@ -193,9 +195,12 @@ class Shards:
             name: is_exclusive(self.spec.layouts[name], self.spec, assignment)
             for name in self.tensors
         }
-        staying, moving = [], []
+        staying: list[str] = []
+        moving: list[str] = []
         for name, home in self.homes.items():
-            (moving if home is not None and home.moves and exclusive[name] else staying).append(name)
+            (moving if home is not None and home.moves and exclusive[name] else staying).append(
+                name
+            )
         _Collect(self, selections, assignment, parts).run(staying)
         self._move(moving, selections, parts)
 
@@ -255,7 +260,7 @@ class Shards:
                 if not self.comm.is_main:
                     yield name, []
                     continue
-                parts = [part.to(self.device) for part in received.split(into)]
+                parts = [part.to(self.device) for part in torch.split(received, into)]
                 got = [
                     (each, part.view(self.shape(name, each.numel())))
                     for each, part in zip(rows[1:], parts[1:], strict=True)
@@ -424,7 +429,7 @@ class _Exchange:
 
     def _arrive(self, group: list[str], pending: Pending, counts: list[int]) -> None:
         received = pending.wait().to(self.shards.device)
-        self.unpack(group, list(received.split(counts)))
+        self.unpack(group, list(torch.split(received, counts)))
 
     def pack(self, group: list[str]) -> tuple[Tensor, list[int], list[int]]:
         raise NotImplementedError

@@ -188,7 +188,7 @@ class Attention(Blockwise):
                 ends = products[place], own[place]
             else:
                 ends = scores[0, head], scores[1, head]
-            first = head * self.channels if conv.concat else 0
+            first = head * self.channels - self.columns.start if conv.concat else 0
             target = out.rows[:, first + part.start : first + part.stop]
             for rows in row_blocks(self.matrix.indptr, *costs, left):
                 attention = self._attention(*ends, head, rows)

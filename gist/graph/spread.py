@@ -27,9 +27,9 @@ from gist.partition.spec import model_tensors
 EXCHANGE_BYTES = 16 * 2**20
 """Blocks of columns on their way take about this much; two are, so that one is awaited less."""
 
-
 _RESIDENT_BLOCKS = 8
-"""Room for so many, where hidden layers are in files: of each, a quarter of what is left of it."""
+"""Blocks of rows that the least limit has room for: a quarter of what is left is resident of each
+hidden layer in a file."""
 
 
 class Waiting(Protocol):
@@ -381,11 +381,12 @@ class Rehearsed:
     def take(self, names: Sequence[str], cuts: Sequence[slice] | None) -> dict[str, Tensor]:
         """See :meth:`Peers.take`."""
         return {
-            name: torch.zeros((), dtype=self._tensors[name].dtype).expand(
-                self._shape(name, cuts, self.rank)
-            )
+            name: self._zero(self._tensors[name]).expand(self._shape(name, cuts, self.rank))
             for name in names
         }
+
+    def _zero(self, like: Tensor) -> Tensor:
+        return torch.zeros((), dtype=like.dtype) if like.is_meta else like.new_zeros(())
 
     def taking(self, names: Sequence[str], cuts: Sequence[slice] | None) -> tuple[int, int]:
         """See :meth:`Peers.taking`: as if all of it were received from others."""

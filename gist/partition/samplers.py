@@ -112,7 +112,7 @@ class Proportional(Sampler):
         order = sorted(range(num_subnets), key=lambda i: (math.floor(exact[i]) - exact[i], i))
         for i in order[: size - sum(counts)]:
             counts[i] += 1
-        return list(torch.randperm(size, generator=generator).split(counts))
+        return list(torch.split(torch.randperm(size, generator=generator), counts))
 
 
 @dataclass(frozen=True)

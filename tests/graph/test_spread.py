@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import gist.nn
 from gist import Adjacency
+from gist.costs.rehearsal import Stage
 from gist.graph import spread
 from gist.graph.inference import forward
 from gist.graph.live_bytes import LiveBytes
@@ -185,6 +186,22 @@ def test_a_rank_has_its_share_of_weights_and_of_columns_on_their_way():
         assert layers.sent_bytes == (size - 1) * 2 * 3000 * 1024 * 4 // size
         sizes = [layers.smallest, layers.enough, layers.most]
         assert sizes == sorted(sizes)
+
+
+def test_what_it_takes_is_known_without_memory_for_it():
+    graph = Adjacency(torch.tensor([[0, 1], [1, 2]]), 300)
+    model, x = gist.nn.GraphSAGE(FEATURES, 64, CLASSES, 3, norm="batch").eval(), torch.zeros(300, 5)
+    real = SpreadLayerwise(model, x, graph, Rehearsed(model, 1, 3))
+    with torch.device("meta"):
+        empty = gist.nn.GraphSAGE(FEATURES, 64, CLASSES, 3, norm="batch").eval()
+    stage = Stage(torch.device("cpu"))
+    outline = stage.outline(model)
+    with stage.arranging():
+        rehearsed = SpreadLayerwise(outline, x, graph, Rehearsed(outline, 1, 3))
+    for other in (rehearsed, SpreadLayerwise(empty, x, graph, Rehearsed(empty, 1, 3))):
+        assert other.smallest == real.smallest
+        assert other.most == real.most
+        assert other.sent_bytes == real.sent_bytes == 2 * 2 * 300 * 21 * 4
 
 
 def test_convolutions_whose_columns_need_each_other_are_computed_whole():

@@ -87,7 +87,9 @@ def test_state_of_disjoint_entries_follows_its_parameters(optimizer):
     assert keys
     for key in keys:
         tensors = run.carried.tensors
-        moment = {name: tensors[f"{key}/{name}"] for name in ("0.weight", "0.bias", "1.weight", "1.bias")}
+        moment = {
+            name: tensors[f"{key}/{name}"] for name in ("0.weight", "0.bias", "1.weight", "1.bias")
+        }
         for i, units in enumerate(held):
             assert torch.equal(moment["0.weight"][units], states[i]["0.weight"][key])
             assert torch.equal(moment["0.bias"][units], states[i]["0.bias"][key])

@@ -1,7 +1,7 @@
 """A run that dies, is told to stop, or goes on: run by test_faults.py, in real processes.
 
-Settings come as JSON: ``out``, ``result`` (a file for the final weights' digest), ``kill`` (a list of
-``[attempt, rank, round]`` at which a process kills itself in the middle of a round), ``resume``,
+Settings come as JSON: ``out``, ``result`` (a file for the final weights' digest), ``kill`` (a list
+of ``[attempt, rank, round]`` at which a process kills itself in the middle of a round), ``resume``,
 ``stop_after`` (rounds), ``slow`` (seconds that a round takes longer).
 """
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parent
+ROOT = SCRIPTS.parents[1]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -16,7 +17,8 @@ def environment(**more: str) -> dict[str, str]:
     dropped = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
     for name in (*dropped, "PYTHONDONTWRITEBYTECODE"):  # every start would compile everything
         clean.pop(name, None)
-    return {**clean, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(SCRIPTS.parents[1]), **more}
+    fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    return {**clean, **fixed, **more}
 
 
 def torchrun(
