@@ -340,7 +340,7 @@ class SubnetTrainer:
         )
 
     def _find_capacities(self) -> tuple[float, ...] | None:
-        """Relative speeds of the workers, if they count; measured by all of them where asked for."""
+        """Relative speeds of the workers, if they count; measured by all where asked for."""
         given = self.config.capacities
         if given != "measured":
             assert not isinstance(given, str), "checked by TrainConfig"

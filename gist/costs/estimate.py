@@ -29,11 +29,13 @@ from gist.graph.data import GraphData
 from gist.graph.inference import default_memory_limit, passes_messages
 from gist.graph.layerwise import Layerwise, layerwise_obstacle
 from gist.graph.outline import GraphShape, OutlineObjective
+from gist.graph.spread import Rehearsed, SpreadLayerwise
 from gist.partition.assignment import Assignment
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import Selection, held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import plan_rounds
+from gist.spread import is_spread
 from gist.verify import LARGE_MODEL_ENTRIES
 
 _WORKSPACE_BYTES = 32 * 2**20
@@ -239,6 +241,11 @@ class RunOnStage:
             left = min(left, default_memory_limit(self.device, max(self.limit - before, 1)))
         if self._how == "clusters":
             return self._how, self._one_pass, left
+        if self.workers > 1 and is_spread(self.model, self._how, self.config):
+            spread = self._spread_layers()
+            return "layerwise", max(min(left, spread.most), spread.smallest), left
+        if self.workers > 1 and self._how == "auto":
+            return "full", self._one_pass, left
         if self._how == "full" or layerwise_obstacle(self.model) is not None:
             return "full", self._one_pass, left
         fast = self._how == "auto" and not passes_messages(self.model)
@@ -249,6 +256,19 @@ class RunOnStage:
             with _refusing(self.model), self.stage.arranging():
                 self._layers = Layerwise(self.model.eval(), data.x, data.adjacency)
         return "layerwise", max(min(left, self._layers.most), self._layers.smallest), left
+
+    def _spread_layers(self) -> SpreadLayerwise:
+        """The evaluation by all workers, as rank 0 runs it."""
+        if self._layers is None:
+            data = self.objective.data
+            homes = {name: Home.of(layout) for name, layout in self.spec.layouts.items()}
+            at_home = {n for n, home in homes.items() if home and not home.moves and not home.dim}
+            peers = Rehearsed(self.model, 0, self.workers, at_home)
+            with _refusing(self.model), self.stage.arranging():
+                model = self.model.eval()
+                self._layers = SpreadLayerwise(model, data.x, data.adjacency, peers)
+        assert isinstance(self._layers, SpreadLayerwise)
+        return self._layers
 
     def choose(self) -> Choice:
         """The way that the settings ask for, with as many subnets side by side as fit.
@@ -448,7 +468,8 @@ class RunOnStage:
             "recalibration": {**stays, "activations": self._recalibration},
             "evaluation": {**stays, "activations": takes},
         }
-        if spread and evaluation != "layerwise":  # rank 0 puts the model together
+        together = spread and is_spread(self.model, self._how, self.config)
+        if spread and not together:  # rank 0 puts the model together
             for phase in ("recalibration", "evaluation"):
                 phases[phase]["assembled_model"] = self.model_bytes
         if not self._recalibration:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
@@ -372,10 +372,14 @@ class Rehearsed:
         model: Whose tensors it has as zeros that take no memory.
         rank: Of which the numbers are asked.
         size: ``W``.
+        at_home: Tensors of which each rank has consecutive rows, as many as the others, in any
+            round: those between hidden layers.
     """
 
-    def __init__(self, model: nn.Module, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self, model: nn.Module, rank: int, size: int, at_home: Container[str] = ()
+    ) -> None:
+        self.rank, self.size, self._at_home = rank, size, at_home
         self._tensors = model_tensors(model)
 
     def take(self, names: Sequence[str], cuts: Sequence[slice] | None) -> dict[str, Tensor]:
@@ -385,11 +389,20 @@ class Rehearsed:
             for name in names
         }
 
+    def _has(self, name: str, cuts: Sequence[slice]) -> bool:
+        """Whether each rank has just its rows."""
+        rows = torch.arange(self._tensors[name].size(0)).tensor_split(self.size)
+        return name in self._at_home and all(
+            _width(cut) == part.numel() for cut, part in zip(cuts, rows, strict=True)
+        )
+
     def _zero(self, like: Tensor) -> Tensor:
         return torch.zeros((), dtype=like.dtype) if like.is_meta else like.new_zeros(())
 
     def taking(self, names: Sequence[str], cuts: Sequence[slice] | None) -> tuple[int, int]:
-        """See :meth:`Peers.taking`: as if all of it were received from others."""
+        """See :meth:`Peers.taking`: as if all that is not at home were received from others."""
+        if cuts is not None:
+            names = [name for name in names if not self._has(name, cuts)]
         kept = max(
             sum(self._bytes(name, self._shape(name, cuts, rank)) for name in names)
             for rank in range(self.size)
