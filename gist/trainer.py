@@ -804,7 +804,8 @@ def require_subnets(config: TrainConfig, workers: int) -> None:
             "more workers than subnets: some would have nothing to do",
             got=f"{workers} workers, num_subnets={most}",
             expected=f"at most {most} workers",
-            remedy="raise num_subnets, or start fewer workers",
+            remedy="raise num_subnets, or start fewer workers; the whole model trains on several with "
+            "gist train --method data-parallel",
         )
 
 

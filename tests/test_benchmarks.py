@@ -31,11 +31,12 @@ COLUMNS = {
     ),
     "repartition": ("width", "local_steps", "seconds", "repartition_seconds", "share"),
     "profile_step": ("method", "operator", "milliseconds", "gflop", "megabytes", "above_floor"),
+    "workers": ("table", "method", "workers", "seconds", "bytes_per_round", "planned_bytes"),
     "step_options": ("width", "subnets", "precision", "compile", "step_seconds", "speedup"),
 }
 
-MAY_BE_ZERO = {"gflop", "megabytes", "floor_milliseconds"}
-"""Columns that are zero where an operator does not compute, or moves nothing."""
+MAY_BE_ZERO = {"gflop", "megabytes", "floor_milliseconds", "bytes_per_round"}
+"""Columns that are zero where an operator does not compute, or nothing is moved."""
 
 
 def run_script(path: Path, *arguments: str) -> str:

@@ -32,7 +32,7 @@ class CarriedState:
     Args:
         spec: The partition spec of the model.
         parameters: The global parameters by full name.
-        device: Where the state lives.
+        device: Where the state lives; by default where the parameters are.
 
     Attributes:
         tensors: By ``key/name`` of the parameter, such as ``exp_avg/convs.0.bias``; ``seen/name``
@@ -40,9 +40,13 @@ class CarriedState:
     """
 
     def __init__(
-        self, spec: PartitionSpec, parameters: Mapping[str, Tensor], device: torch.device
+        self,
+        spec: PartitionSpec,
+        parameters: Mapping[str, Tensor],
+        device: torch.device | None = None,
     ) -> None:
-        self.parameters, self.device = parameters, device
+        self.parameters = parameters
+        self.device = device or next(iter(parameters.values())).device
         self.model_spec = self.spec = spec
         self.tensors: dict[str, Tensor] = {}
         self.assignment: Assignment | None = None

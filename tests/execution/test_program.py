@@ -103,12 +103,13 @@ def train_naively(
     for plan in plan_rounds(config, 1):
         deal = config.sampler(spec.sizes, plan.num_subnets, seed=config.seed, round=plan.index)
         parts, states = [], []
+        carried.open(deal)
         for i in range(plan.num_subnets):
             subnet = build_subnet(model, spec, deal, i).train()
             optimizer = fresh_optimizer(config, list(subnet.parameters()))
             named = dict(subnet.named_parameters())
             if config.optimizer_state == "carry":
-                for name, entry in carried.cut(deal, i).items():
+                for name, entry in carried.cut(i).items():
                     optimizer.state[named[name]] = entry
             base = [group["lr"] for group in optimizer.param_groups]
             (batch,) = OBJECTIVE.batches(seed=config.seed, round=plan.index, subnet=0, steps=1)
@@ -125,7 +126,7 @@ def train_naively(
             states.append({name: dict(optimizer.state[p]) for name, p in named.items()})
         merge(model_tensors(model), spec, deal, parts)
         if config.optimizer_state == "carry":
-            carried.merge(deal, states)
+            carried.merge(states)
         between(model, plan.index)
 
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from gist.errors import ConfigError, PartitionError
 from gist.partition.assignment import Assignment
-from gist.partition.samplers import Bernoulli, Categorical, DisjointUniform, Overlapping
+from gist.partition.samplers import (
+    Bernoulli,
+    Categorical,
+    DisjointUniform,
+    Overlapping,
+    Proportional,
+    Whole,
+)
 from gist.partition.streams import stream, stream_seed
 
 SAMPLERS = [
@@ -21,8 +28,10 @@ SAMPLERS = [
     Bernoulli(keep=0.4),
     Bernoulli(keep=1.0),
     Categorical(),
+    Proportional((1.0, 0.3)),
+    Whole(),
 ]
-DISJOINT = [DisjointUniform(), Categorical()]
+DISJOINT = [DisjointUniform(), Categorical(), Proportional((1.0, 0.3))]
 each = pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 
 
@@ -115,7 +124,9 @@ def test_global_random_state_is_left_alone(sampler):
     assert random.getstate() == before[2]
 
 
-@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != Bernoulli(keep=1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "sampler", [s for s in SAMPLERS if s not in (Bernoulli(keep=1.0), Whole())], ids=repr
+)
 def test_rounds_seeds_and_groups_are_dealt_differently(sampler):
     sizes = {"a": 64, "b": 64}
     base = sampler(sizes, 4, seed=0, round=0)
@@ -262,3 +273,34 @@ def test_streams_are_pinned():
     assert stream_seed("a", "b") != stream_seed("ab")
     one, two = (torch.randperm(50, generator=stream("x", 1)) for _ in range(2))
     assert torch.equal(one, two)
+
+
+@given(
+    size=st.integers(1, 60),
+    weights=st.lists(st.floats(0.01, 100.0), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_proportional_blocks_are_as_large_as_their_weights(size, weights, data):
+    m = data.draw(st.integers(1, size))
+    deal = Proportional(tuple(weights))({"h": size}, m, seed=1, round=2)
+    assert torch.equal(torch.cat(deal.held["h"]).sort().values, torch.arange(size))
+    counts = [units.numel() for units in deal.held["h"]]
+    cycled = [weights[i % len(weights)] for i in range(m)]
+    for count, weight in zip(counts, cycled, strict=True):
+        assert abs(count - 1 - (size - m) * weight / sum(cycled)) < 1
+
+
+def test_equal_weights_are_equal_sizes():
+    deal = Proportional((2.0,))({"h": 12}, 4, seed=0, round=0)
+    assert [units.numel() for units in deal.held["h"]] == [3, 3, 3, 3]
+
+
+def test_four_times_the_speed_is_twice_the_width():
+    deal = Proportional.to_speed((1.0, 0.25))({"h": 302}, 2, seed=0, round=0)
+    assert [units.numel() for units in deal.held["h"]] == [201, 101]
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 0.0), (1.0, -1.0), (float("inf"),), (float("nan"),)])
+def test_weights_must_be_positive_numbers(weights):
+    with pytest.raises(ConfigError, match="weights must be positive"):
+        Proportional(weights)

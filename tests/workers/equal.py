@@ -52,7 +52,7 @@ CASES |= {
     "annealed": {"num_subnets": [(0.5, 5), (0.5, 1)], "optimizer_state": "carry"},
     "uneven, double": {"num_subnets": 7, "dtype": torch.float64, "width": 37},
     "sgd": {"num_subnets": 4, "optimizer": "sgd", "optimizer_state": "carry", "lr": 0.1},
-    "sized": {"num_subnets": 3, "capacities": (1.0, 0.25), "width": 40},
+    "sized": {"num_subnets": 4, "capacities": (1.0, 0.25), "width": 40},
     "best": {"num_subnets": 4, "keep_best": True, "rounds": 6},
 }
 

@@ -149,7 +149,7 @@ def test_the_others_name_the_worker_that_died(lost: int):
     listener = listen("127.0.0.1")
     port = str(listener.getsockname()[1])
     listener.close()
-    given = settings(kill=[[0, lost, 2]])
+    given = settings(kill=[[0, lost, 2]], worker_timeout=900)
     command = [sys.executable, str(SCRIPTS / "faults.py"), given]
     start = time.monotonic()
     processes = [
@@ -168,11 +168,11 @@ def test_the_others_name_the_worker_that_died(lost: int):
         for rank in range(3)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[1] for process in processes]
+        outputs = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert time.monotonic() - start < 60, "long before the worker_timeout"
+    assert time.monotonic() - start < 240, "long before the worker_timeout"
     for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
         if rank == lost:
             assert process.returncode == -signal.SIGKILL
