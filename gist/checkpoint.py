@@ -96,6 +96,7 @@ def save_checkpoint(
             for name, write in files.items():
                 file = temporary / f"{name}{_suffix(comm)}.safetensors"
                 write(file)
+                _sync(file)
                 written[file.name] = _identify(file)
         except Exception as error:
             if comm.size == 1:
@@ -111,6 +112,7 @@ def save_checkpoint(
 
         def complete() -> None:
             (temporary / "state.json").write_text(json.dumps(state))
+            _sync(temporary / "state.json")
             identities = {name: each for part, _ in parts for name, each in part.items()}
             identities["state.json"] = _identify(temporary / "state.json")
             if lost := [name for name in identities if not (temporary / name).exists()]:
@@ -121,9 +123,12 @@ def save_checkpoint(
                 )
             manifest = {"format": FORMAT, "files": identities}
             write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
+            _sync(temporary)
             if target.exists():
-                shutil.rmtree(target)
+                os.replace(target, folder / f"{_UNFINISHED}{target.name}")
             os.replace(temporary, target)
+            _sync(folder)
+            shutil.rmtree(folder / f"{_UNFINISHED}{target.name}", ignore_errors=True)
             _drop_all_but(_KEEP - 1, [path for path in _checkpoints(folder) if path != target])
 
         comm.on_main(complete)
@@ -131,6 +136,15 @@ def save_checkpoint(
         if comm.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _suffix(comm: Comm) -> str:

@@ -192,7 +192,10 @@ def train(
 ) -> None:
     """Train one model; settings not given come from the dataset's card."""
     parameters = dict(locals())
-    device = _use(threads, device)
+    _check_launch(workers, max_restarts)
+    starts = workers is not None and not is_launched()
+    if not starts:  # else a GPU is left to the workers
+        device = _use(threads, device)
     experiment = Experiment(
         dataset=dataset,
         method=method,
@@ -205,7 +208,7 @@ def train(
         },
         seed=seed,
     )
-    if workers is not None and not is_launched():
+    if workers is not None and starts:
         experiment.check_workers(workers)
         raise SystemExit(
             launch(["-m", "gist", *sys.argv[1:]], workers=workers, max_restarts=max_restarts)
@@ -562,6 +565,20 @@ def _pairs(options: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             pairs[name] = value
     return pairs
+
+
+def _check_launch(workers: int | None, max_restarts: int) -> None:
+    if max_restarts and workers is None:
+        raise ConfigError(
+            "--max-restarts is of workers that this command starts", remedy="give --workers"
+        )
+    there = os.environ.get("WORLD_SIZE")
+    if is_launched() and workers is not None and str(workers) != there:
+        raise ConfigError(
+            "the number of workers is torchrun's to say",
+            got=f"--workers {workers}, and {there} started",
+            remedy="leave --workers out",
+        )
 
 
 def _use(threads: int | None, device: str) -> str:

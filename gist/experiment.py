@@ -150,7 +150,8 @@ class Experiment:
         large = sum(p.nbytes for p in model.parameters()) > LARGE_MODEL_BYTES
         if large and is_launched() and device != "cpu":
             settings.setdefault("backend", "nccl")
-        if large and not (on_disk or is_launched()):
+        in_shards = is_launched() and self.method not in ("data-parallel", "ensemble")
+        if large and not (on_disk or in_shards):
             tensors = model_tensors(model).items()
             place_model(model, {n: torch.empty_like(t, device=device) for n, t in tensors})
             initialise(model, self.seed)

@@ -63,7 +63,8 @@ def launch(command: Sequence[str], *, workers: int, max_restarts: int = 0) -> in
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if sys.platform == "linux":
-        settings["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            settings[name] = os.environ.get(name, "lo")
     arguments = [
         f"--nproc-per-node={workers}",
         f"--max-restarts={max_restarts}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -26,6 +27,7 @@ from gist.execution.auto import AutoExecutor
 from gist.execution.comm import join, local_device
 from gist.execution.distributed import ShardedStore
 from gist.execution.executor import Executor
+from gist.execution.initialise import has_no_memory
 from gist.execution.local import make_optimizer
 from gist.execution.make import make_executor, make_store
 from gist.execution.mapped import MODEL_FILE
@@ -122,14 +124,15 @@ class SubnetTrainer:
             self.device, backend=self.config.backend, timeout=self.config.worker_timeout
         )
         self._check_workers()
-        self.capacities = self._find_capacities()
+        given = self.config.capacities
+        self.capacities = None if given is None or isinstance(given, str) else tuple(given)
         self.model, self.objective = model, objective
         self.spec: PartitionSpec = partition_spec(model, wiring)
         self._check_subnets()
         self.rounds = plan_rounds(self.config, objective.steps_per_epoch)
         small = small_model(model, self.spec, self.config.seed)
         objective.check(small)
-        self.room = self._find_room()
+        self.room = self._agree_on(self._find_room())
         inputs, keywords = objective.sample_inputs(small)
         self.wiring_error = verify_wiring(
             model, inputs, keywords, wiring=wiring, seed=self.config.seed
@@ -138,6 +141,7 @@ class SubnetTrainer:
         if self.config.out is not None:
             _make_folder(Path(self.config.out))
         self._check_alike()
+        self._settle_capacities()
         self.store = self._make_store()
         self.most_stacked = None if self.room is None else self.room.most
         self._make_executor = self._executor_maker(wiring)
@@ -167,7 +171,7 @@ class SubnetTrainer:
             CheckpointError: ``resume`` is missing, damaged, or of another run.
             WorkerLostError: another worker died.
         """
-        if restarts() and self._has_checkpoints():
+        if any(self.comm.gather_values(restarts())) and self._has_checkpoints():
             resume = Path(str(self.config.out))
         if resume is not None:
             self.load_checkpoint(resume)
@@ -196,16 +200,20 @@ class SubnetTrainer:
                 wanted = [callback(self, record) for callback in self.config.callbacks]
                 wishes = self.comm.gather_values([any(wanted), termination.asked])
                 if any(asked for _, asked in wishes):
-                    self.save_checkpoint()
+                    every = self.config.checkpoint_every
+                    if every is None or (plan.index + 1) % every:
+                        self.save_checkpoint()
                     raise SystemExit(termination.status)
                 if any(stop for stop, _ in wishes):
                     break
             if self.history[-1].val_metric is None:  # stopped between two evaluations
                 self._evaluate_round(self.rounds[self.history[-1].round])
-        self.result = self._result(memory.bytes())
-        self.store.recall()
-        if self.config.out is not None:
-            self.save(Path(self.config.out))
+            self.result = self._result(memory.bytes())
+            self.store.recall()
+            if self.config.out is not None:
+                self.save(Path(self.config.out))
+        if termination.asked:
+            raise SystemExit(termination.status)
         return self.result
 
     def _run_round(self, plan: RoundPlan) -> RoundRecord:
@@ -295,7 +303,8 @@ class SubnetTrainer:
                     steps=self.objective.steps_per_epoch,
                 )
                 recalibrate_batchnorm(model, self.objective, batches)
-            return self.objective.evaluate(model.eval())
+            self._choose_inference(model.eval())
+            return self.objective.evaluate(model)
 
         if not isinstance(self.store, ShardedStore):
             return measure(self.model)
@@ -304,6 +313,9 @@ class SubnetTrainer:
         if recalibrate is not None and tracks_statistics(self.model):
             self.store.take(model, [name for name, _ in self.model.named_buffers()])
         return metrics
+
+    def _choose_inference(self, model: nn.Module) -> None:
+        """Decides how the whole model is evaluated, if that is still open."""
 
     def gather_model(self) -> nn.Module | None:
         """The whole model as it is now: under torchrun a new one on rank 0, and None elsewhere.
@@ -339,16 +351,31 @@ class SubnetTrainer:
             say=self._say,
         )
 
-    def _find_capacities(self) -> tuple[float, ...] | None:
-        """Relative speeds of the workers, if they count; measured by all where asked for."""
-        given = self.config.capacities
-        if given != "measured":
-            assert not isinstance(given, str), "checked by TrainConfig"
-            return None if given is None else tuple(given)
-        speeds = self.comm.gather_values(measure_speed(self.device))
-        found = tuple(round(speed / max(speeds), 2) for speed in speeds)
-        self._say(f"measured capacities of the workers: {', '.join(map(str, found))}")
-        return found
+    def _settle_capacities(self) -> None:
+        """Measures the relative speeds of the workers, where asked for; all of them take part."""
+        if self.config.capacities == "measured":
+            speeds = self.comm.gather_values(measure_speed(self.device))
+            self.capacities = tuple(round(speed / max(speeds), 2) for speed in speeds)
+            found = ", ".join(map(str, self.capacities))
+            self._say(f"measured capacities of the workers: {found}")
+        given, size = self.capacities, self.comm.size
+        if given and size > 1 and len(given) != size and self.comm.is_main:
+            warnings.warn(
+                f"capacities are given for {len(given)} workers, and there are {size}: subnets "
+                "are sized for the former",
+                stacklevel=4,
+            )
+
+    def _agree_on(self, room: Room | None) -> Room | None:
+        """The least room that any worker has: all of them run subnets, and evaluate, alike."""
+        own = None if room is None else [room.most, room.evaluation]
+        each = self.comm.gather_values(own)
+        if room is None or self.comm.size == 1:
+            return room
+        known = [every for every in each if every is not None]
+        most = min((m for m, _ in known if m is not None), default=None)
+        evaluation = min((size for _, size in known if size is not None), default=None)
+        return replace(room, most=most, evaluation=evaluation)
 
     def _check_workers(self) -> None:
         if self.config.executor == "distributed" and not self.comm.is_distributed:
@@ -363,7 +390,10 @@ class SubnetTrainer:
     def _check_alike(self) -> None:
         """Refuses workers that were started on different runs."""
         own = json.loads(json.dumps(self.describe()))
-        own["settings"] = {k: v for k, v in own["settings"].items() if k not in _FREE_ON_RESUME}
+        for name in ("callbacks", "progress"):
+            del own["settings"][name]
+        own["settings"]["out"] = self.config.out is not None
+        own |= {"in memory": not has_no_memory(self.model), "device": self.device.type}
         first = self.comm.from_main(own)
         differ = sorted(
             key
@@ -594,8 +624,6 @@ class SubnetTrainer:
         self.executor = self._make_executor(most=most)
 
     def _refuse_foreign_checkpoints(self) -> None:
-        if self.config.checkpoint_every is None:
-            return
         if self._has_checkpoints():
             raise ConfigError(
                 "the directory holds checkpoints of an earlier run",
@@ -608,7 +636,7 @@ class SubnetTrainer:
         if self.config.out is None:
             return False
         folder = Path(self.config.out) / "checkpoints"
-        found: bool = self.comm.on_main(lambda: any(folder.glob("round-*")))
+        found: bool = self.comm.on_main(lambda: any(folder.glob("round-*/manifest.json")))
         return found
 
     @contextmanager
@@ -743,13 +771,26 @@ class GISTTrainer(SubnetTrainer):
                 return self.spread.scores()
             if not isinstance(self.store, ShardedStore):
                 return self.objective.predict(self.model.eval())
-            model, scores = self.store.assembled(), torch.empty(0)
-            if model is not None:
-                scores = self.objective.predict(model.eval())
-            shape = self.comm.from_main(list(scores.shape))
-            counts = [scores.numel()] + [0] * (self.comm.size - 1)
-            counts[0] = shape[0] * shape[1]
-            return self.comm.gather(scores.reshape(-1), counts)[0].view(shape)
+            model = self.store.assembled()
+            scores = torch.empty(0, dtype=next(self.model.parameters()).dtype)
+
+            def predict() -> list[int]:
+                nonlocal scores
+                assert model is not None, "there is one on rank 0"
+                assert isinstance(self.objective, GraphObjective)
+                self._choose_inference(model.eval())
+                scores = self.objective.predict(model)
+                return list(scores.shape)
+
+            shape = self.comm.on_main(predict)
+            counts = [shape[0] * shape[1]] + [0] * (self.comm.size - 1)
+            own = scores.reshape(-1).to(self.comm.device)
+            return self.comm.gather(own, counts)[0].view(shape).to(self.device)
+
+    def _choose_inference(self, model: nn.Module) -> None:
+        assert isinstance(self.objective, GraphObjective)
+        if self.objective.inference is None:
+            self.objective.choose_inference(model, self._inference_limit())
 
     def _more_choices(self) -> dict[str, Any]:
         assert isinstance(self.objective, GraphObjective)
@@ -804,8 +845,8 @@ def require_subnets(config: TrainConfig, workers: int) -> None:
             "more workers than subnets: some would have nothing to do",
             got=f"{workers} workers, num_subnets={most}",
             expected=f"at most {most} workers",
-            remedy="raise num_subnets, or start fewer workers; the whole model trains on several with "
-            "gist train --method data-parallel",
+            remedy="raise num_subnets, or start fewer workers; the whole model trains "
+            "on several with gist train --method data-parallel",
         )
 
 

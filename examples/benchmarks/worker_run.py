@@ -24,7 +24,8 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         settings={"model": "sage", "norm": "layer", "progress": False, **given["settings"]},
     )
     trainer = experiment.trainer(experiment.load_data())
-    before = trainer.comm.sent + trainer.comm.received
+    comm = trainer.comm
+    before = comm.sent + comm.received + comm.told
     result = trainer.fit()
     rounds = len(result.history)
     own = {
@@ -33,16 +34,16 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         "exchange_seconds": result.repartition_seconds,
         "bytes_per_round": (result.bytes_sent + result.bytes_received) / rounds,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "all_bytes": trainer.comm.sent + trainer.comm.received - before,
+        "all_bytes": comm.sent + comm.received + comm.told - before,
     }
-    everyones = trainer.comm.gather_values(own)
+    everyones = comm.gather_values(own)
     return {
         **{key: max(each[key] for each in everyones) for key in own},
         "rounds": rounds,
         "test_metric": result.test_metric,
         "train_loss": result.history[-1].train_loss,
-        "workers": trainer.comm.size,
-        "main": trainer.comm.is_main,
+        "workers": comm.size,
+        "main": comm.is_main,
     }
 
 

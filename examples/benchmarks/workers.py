@@ -130,6 +130,9 @@ def wide(parsed: Any) -> list[Row]:
 def main() -> None:
     """Measures, and prints the tables."""
     parser = options(__doc__, threads=1)
+    parser.add_argument(
+        "--tables", nargs="+", default=["time", "memory"], choices=("time", "memory")
+    )
     parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--clusters", type=int, default=50)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -145,7 +148,9 @@ def main() -> None:
     if parsed.quick:
         parsed.nodes, parsed.clusters, parsed.hidden, parsed.epochs = 1_000, 10, 64, 8
         parsed.local_steps, parsed.repeats, parsed.wide, parsed.wide_workers = 4, 1, 256, [2]
-    finish(parsed, compare(parsed) + wide(parsed), COLUMNS)
+    rows = compare(parsed) if "time" in parsed.tables else []
+    rows += wide(parsed) if "memory" in parsed.tables else []
+    finish(parsed, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,16 @@ class DataParallelTrainer(GISTTrainer):
     def _find_room(self) -> Room | None:
         assert isinstance(self.objective, GraphObjective)
         whole = replace(self.config, num_subnets=1)
-        return find_room(self.model, self.spec, self.objective, whole, self.device, say=self._say)
+        return find_room(
+            self.model,
+            self.spec,
+            self.objective,
+            whole,
+            self.device,
+            comm=self.comm,
+            shards=False,
+            say=self._say,
+        )
 
     def _make_store(self) -> ReplicatedStore:
         require_memory(self.model, self.config)
@@ -147,9 +156,7 @@ class ReplicatedStore(MemoryStore):
 
     def write(self, path: Path) -> None:
         """See :meth:`Store.write`."""
-        if self.comm.is_main:
-            super().write(path)
-        self.comm.gather_values(None)  # it is there
+        self.comm.on_main(partial(super().write, path))
 
     def write_part(self, path: Path) -> None:
         """See :meth:`Store.write_part`: everything on rank 0, nothing on the others."""

@@ -130,7 +130,7 @@ class EnsembleTrainer(GISTTrainer):
         for first in range(0, m, size):
             there = min(size, m - first)
             index = first + self.comm.rank
-            own = torch.empty(0)
+            own = torch.empty(0, dtype=next(self.model.parameters()).dtype)
             if index < m:
                 own = self.objective.predict(self.member(index))
             if size == 1:

@@ -50,6 +50,7 @@ def find_room(
     device: torch.device,
     *,
     comm: Comm | None = None,
+    shards: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Room:
     """What a run takes, refused where that is more than it may.
@@ -65,6 +66,7 @@ def find_room(
             free.
         device: Where it is to run.
         comm: The workers that the subnets are spread over; those of one machine share what is free.
+        shards: Whether each of them has a share of the model, or all of it.
         say: Called with why nothing could be told, where that is so.
 
     Raises:
@@ -97,7 +99,7 @@ def find_room(
             device=device,
             evaluation=objective.evaluation,
             counted=sum(t.nbytes for t in there if t.device.type == device.type),
-            workers=comm.size,
+            workers=comm.size if shards else 1,
         )
         choice = run.choose()
     except NotPredictableError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from gist.errors import ConfigError, GistError, WorkerLostError
 
@@ -27,8 +27,13 @@ DEFAULT_TIMEOUT = 1800.0
 """Seconds that a rank waits for the others in one exchange."""
 
 _BEAT_SECONDS = 1.0
+_PATIENCE_SECONDS = 10.0
+_CONNECT_SECONDS = 3.0
 _SILENT_SECONDS = 4.0
 """A rank that has not been heard of for so long is taken for dead once an exchange has failed."""
+
+_WHERE = "gist/where"
+"""Key in the agent's store: the port of rank 0's."""
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun, and every other launcher of PyTorch, puts into the environment."""
@@ -55,6 +60,7 @@ class Pending:
         """
         if self._work is not None:
             with self._comm.guarded():
+                self._comm.watch(self._work)
                 self._work.wait()
         self._work = self._sent = None
         return self._received
@@ -177,10 +183,6 @@ class Comm:
             got = self.gather(own, counts)[0].to(tensor.device)
             tensor.copy_(got.view(tensor.dtype).view(tensor.shape))
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank's flag is set."""
-        return any(self.gather_values(flag))
-
     def on_main(self, job: Callable[[], Any]) -> Any:
         """What a job returns that rank 0 runs while the others wait; it is sent as JSON.
 
@@ -194,6 +196,7 @@ class Comm:
         if self.is_main:
             try:
                 value = job()
+                json.dumps(value)
             except Exception as raised:
                 error = raised
         failed = None if error is None else f"{type(error).__name__}: {error}"
@@ -211,11 +214,14 @@ class Comm:
         try:
             yield
         except RuntimeError as error:
+            if not _is_of_an_exchange(error):
+                raise
             failure = error
         if failure is None:
             return
         reason = str(failure).partition("\n")[0][:200]
         lost = [] if self._pulse is None else self._pulse.missing()
+        _BROKEN.append(self)
         raise WorkerLostError(
             f"rank {self.rank} stops, because "
             + (f"rank {', '.join(map(str, lost))} died" if lost else "an exchange failed"),
@@ -224,19 +230,42 @@ class Comm:
             "checkpoint_every the run goes on by itself from its last checkpoint",
         ) from failure
 
+    def watch(self, work: Any) -> None:
+        """Returns when an exchange of a GPU is over; NCCL does not say that a rank is gone.
+
+        Raises:
+            RuntimeError: a rank is not heard of any more.
+        """
+        if self.device.type != "cuda" or self._pulse is None:
+            return
+        looked = time.monotonic()
+        while not work.is_completed():
+            if time.monotonic() - looked > _PATIENCE_SECONDS:
+                if self._pulse.missing():
+                    raise RuntimeError("NCCL: an exchange does not end")
+                looked = time.monotonic()
+            time.sleep(0.0005)
+
+
+def _is_of_an_exchange(error: RuntimeError) -> bool:
+    """Whether an error came up between processes, and not in what is computed between."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    words = ("gloo", "nccl", "connection", "socket", "timed out", "timeout")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
 
 class Pulse:
     """Tells the other ranks that this one is alive, and which of them are.
 
     Args:
         connect: Opens a connection of its own to the store that all ranks reach.
-        rank: Of this process.
+        rank: Of this process; rank 0 keeps that store.
         size: ``W``.
-        serves: Whether this process keeps that store.
     """
 
-    def __init__(self, connect: Callable[[], Store], rank: int, size: int, *, serves: bool) -> None:
-        self._connect, self._rank, self._size, self._serves = connect, rank, size, serves
+    def __init__(self, connect: Callable[[], Store], rank: int, size: int) -> None:
+        self._connect, self._rank, self._size = connect, rank, size
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="gist-pulse", daemon=True)
         self._thread.start()
@@ -258,7 +287,9 @@ class Pulse:
             lost = [rank for rank in range(self._size) if after[rank] == before[rank]]
             deadline = time.monotonic() + 2 * _SILENT_SECONDS
             looked = store.add("looked", 1)
-            while self._serves and looked < self._size - len(lost) and time.monotonic() < deadline:
+            while (
+                self._rank == 0 and looked < self._size - len(lost) and time.monotonic() < deadline
+            ):
                 time.sleep(0.1)  # the others still look
                 looked = store.add("looked", 0)
         except Exception:
@@ -277,6 +308,9 @@ class Pulse:
 _PULSES: list[Pulse] = []
 """Of this process: one, once it has joined a run."""
 
+_BROKEN: list[Comm] = []
+"""Those in which an exchange has failed: others may wait in it for ever."""
+
 
 def is_launched() -> bool:
     """Whether torchrun, or another launcher of PyTorch, started this process."""
@@ -288,8 +322,9 @@ def join(
 ) -> Comm:
     """The ranks that this process was started with, by torchrun or another launcher.
 
-    A process group that exists already is used as it is; else one is made from the environment. A
-    process that was started on its own is alone.
+    A process group that exists already is used as it is, with its own backend and timeout, and
+    without telling which rank died; else one is made from the environment. A process that was
+    started on its own is alone.
 
     Args:
         device: Where the model is.
@@ -325,32 +360,23 @@ def join(
 def _initialise(device: torch.device, backend: str, timeout: float) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # The agent of torchrun keeps a store, and keeps it over restarts: keys of an earlier start
-    # must not be met again.
-    kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     patience = timedelta(seconds=timeout)
-    serves = rank == 0 and not kept_by_agent
-    store = _serve(host, port, size, patience) if serves else _connect(host, port, patience)
-    prefix = f"gist/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
+    # The agent of torchrun may keep a store there, and keeps it over restarts, which its agents
+    # count apart: keys of an earlier start must not be met again. So rank 0 always serves a store
+    # of its own, and has the agent's tell where.
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    agent = _connect(host, port, patience) if by_agent else None
+    if rank == 0:
+        store, port = _serve(host, 0 if agent else port, size, patience)
+        if agent is not None:
+            agent.set(_WHERE, str(port))
+    else:
+        store, port = _find(host, port, agent, patience)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend,
-        store=PrefixStore(prefix, store),
-        rank=rank,
-        world_size=size,
-        timeout=patience,
-    )
-    short = timedelta(seconds=min(timeout, 30.0))
-    _PULSES.append(
-        Pulse(
-            lambda: PrefixStore(prefix, _connect(host, port, short)),
-            rank,
-            size,
-            serves=serves,
-        )
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    short = timedelta(seconds=_CONNECT_SECONDS)
+    _PULSES.append(Pulse(lambda: _connect(host, port, short), rank, size))
     atexit.register(_leave)
 
 
@@ -358,7 +384,7 @@ def _leave() -> None:
     for pulse in _PULSES:
         pulse.stop()
     _PULSES.clear()
-    if dist.is_initialized():
+    if dist.is_initialized() and not _BROKEN:
         dist.destroy_process_group()
 
 
@@ -366,18 +392,44 @@ def _connect(host: str, port: int, patience: timedelta) -> TCPStore:
     return TCPStore(host, port, is_master=False, timeout=patience)
 
 
-def _serve(host: str, port: int, size: int, patience: timedelta) -> TCPStore:
-    """A store that listens where it is to be reached, and nowhere else."""
+def _serve(host: str, port: int, size: int, patience: timedelta) -> tuple[TCPStore, int]:
+    """A store that listens where it is to be reached, and nowhere else; and its port."""
     listener = listen(host, port)
-    return TCPStore(
+    port = listener.getsockname()[1]
+    store = TCPStore(
         host,
-        listener.getsockname()[1],
+        port,
         size,
         is_master=True,
         timeout=patience,
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+    return store, port
+
+
+def _find(host: str, port: int, agent: Store | None, patience: timedelta) -> tuple[TCPStore, int]:
+    """The store that rank 0 serves, and its port; where an earlier start had one, nobody answers.
+
+    Raises:
+        WorkerLostError: rank 0 is not there in time.
+    """
+    short = min(patience, timedelta(seconds=_CONNECT_SECONDS))
+    deadline = time.monotonic() + patience.total_seconds()
+    while True:
+        if agent is not None:
+            port = int(agent.get(_WHERE))
+        try:
+            _connect(host, port, short)
+            return _connect(host, port, patience), port
+        except RuntimeError as error:
+            if time.monotonic() > deadline:
+                raise WorkerLostError(
+                    "rank 0 is not there",
+                    got=f"no answer from {host}, port {port}: {error}",
+                    remedy="look whether it was started, and whether a firewall is between",
+                ) from error
+            time.sleep(0.2)
 
 
 def listen(host: str, port: int = 0) -> socket.socket:

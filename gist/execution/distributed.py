@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from gist.errors import ConfigError
 from gist.execution.comm import Comm
 from gist.execution.initialise import has_no_memory, place_model
-from gist.execution.mapped import MappedStore
+from gist.execution.mapped import MODEL_FILE, MappedStore
 from gist.execution.mapped_file import MappedFile
 from gist.execution.partfiles import read_rows, with_rows
 from gist.execution.shards import Part, Shards
@@ -79,24 +80,19 @@ class ShardedStore:
             if here == 0:
                 folder = tempfile.mkdtemp(prefix="gist-initial-")
                 store = MappedStore(copy.deepcopy(self.model), self.spec, Path(folder), seed=seed)
-                store.write(Path(folder) / "model.safetensors")
+                store.write(Path(folder) / MODEL_FILE)
                 del store
             groups = self.comm.gather_values([_machine(), folder])
             place = next(path for machine, path in groups if path and machine == _machine())
-            self._read_rows_of(Path(place) / "model.safetensors")
-            self.comm.gather_values(None)  # all have read
+            file = MappedFile(Path(place) / MODEL_FILE, self.layout)
+            self.comm.gather_values(None)  # all have mapped it: its name can go
         finally:
             if folder is not None:
-                for file in Path(folder).rglob("*"):
-                    if file.is_file():
-                        file.unlink()
-                for leftover in (Path(folder) / "store", Path(folder)):
-                    if leftover.exists():
-                        leftover.rmdir()
+                shutil.rmtree(folder, ignore_errors=True)
+        self._read_rows_of(file)
 
     @torch.no_grad()
-    def _read_rows_of(self, path: Path) -> None:
-        file = MappedFile(path, self.layout)
+    def _read_rows_of(self, file: MappedFile) -> None:
         for name, own in self.shards.tensors.items():
             home, rows, whole = self.shards.homes[name], self.shards.rows(name), file.tensors[name]
             if home is None or rows is None:
@@ -135,13 +131,16 @@ class ShardedStore:
     def write(self, path: Path) -> None:
         """See :meth:`Store.write`; rank 0 writes the file, and never has all of it in memory."""
         with contextlib.ExitStack() as stack:
-            file: MappedFile | None = None
-            if self.comm.is_main:
+            files: list[MappedFile] = []
+
+            def create() -> None:
                 new = stack.enter_context(replace_file(path))
-                file = MappedFile.create(new, self.layout)
-            self._stream(None if file is None else file.tensors, file)
-            if file is not None:
-                file.sync()
+                files.append(MappedFile.create(new, self.layout))
+
+            self.comm.on_main(create)  # all of its room on the disk is taken here
+            self._stream(files[0].tensors if files else None, files[0] if files else None)
+            if files:
+                files[0].sync()
         self.comm.gather_values(None)  # it is there
 
     @torch.no_grad()

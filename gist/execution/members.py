@@ -89,10 +89,12 @@ class MemberStore:
     def write(self, path: Path) -> None:
         """See :meth:`Store.write`; rank 0 writes the file."""
         whole = {name: part for name, part in self._everyones() if self.comm.is_main}
-        if self.comm.is_main:
+
+        def put() -> None:
             with replace_file(path) as new:
                 write_tensors(new, whole)
-        self.comm.gather_values(None)  # it is there
+
+        self.comm.on_main(put)
 
     def _everyones(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of all members, member by member, on every rank."""

@@ -136,7 +136,7 @@ class RoundExecutor(ABC):
         if self.comm.size == 1:
             return torch.cat(losses)
         m, size = assignment.num_subnets, self.comm.size
-        kinds = [loss.dtype for loss in losses] or [torch.float32]
+        kinds = [loss.dtype for loss in losses] or [next(self.model.parameters()).dtype]
         own = torch.cat([*losses, torch.empty(0, device=self.device)])
         counts = [len(range(rank, m, size)) for rank in range(size)]
         parts = self.comm.gather(own.double().to(self.comm.device), counts)
