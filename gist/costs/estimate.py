@@ -523,8 +523,11 @@ class RunOnStage:
         phase = max(choice.memory, key=lambda name: sum(choice.memory[name].values()))
         config, items = self.config, choice.memory[phase]
         more = "more subnets (num_subnets)"
+        to_disk = None if config.store == "disk" else "store='disk' with out=..."
+        if self.workers > 1:  # which have the model in memory
+            to_disk = "more workers"
         changes = {
-            "model": None if config.store == "disk" else "store='disk' with out=...",
+            "model": to_disk,
             "best_model": "keep_best=False",
             "carried_state": "optimizer_state='reset'",
             "assembled_model": "evaluation='layerwise'",
