@@ -29,7 +29,7 @@ SUITE = ROOT / "tests" / "workers" / "equal.py"
 
 def compared(alone: dict[str, Any], got: dict[str, Any]) -> list[str]:
     """Cases whose weights or history are not those of one process."""
-    keys = ("weights", "rounds", "best")
+    keys = ("weights", "rounds", "best", "scores")
     return [name for name in alone if any(alone[name][key] != got[name][key] for key in keys)]
 
 

@@ -29,8 +29,8 @@ class RoundRecord:
         seconds: Training so far, evaluation left out.
         eval_seconds: Evaluation so far.
         repartition_seconds: Extracting and merging so far, part of ``seconds``.
-        bytes_sent: Between processes so far.
-        bytes_received: Between processes so far.
+        bytes_sent: By this worker to others so far, in exchanges of rounds.
+        bytes_received: By this worker from others so far, likewise.
     """
 
     round: int
@@ -74,9 +74,9 @@ class TrainResult:
         seconds: Training, evaluation left out.
         eval_seconds: Evaluation.
         repartition_seconds: Extracting and merging, part of ``seconds``.
-        bytes_sent: Between processes.
-        bytes_received: Between processes.
-        peak_memory_bytes: Of the process (CPU) or of the device (CUDA) during ``fit``.
+        bytes_sent: By this worker to others, in exchanges of rounds.
+        bytes_received: By this worker from others, likewise.
+        peak_memory_bytes: Of this worker's process (CPU) or device (CUDA) during ``fit``.
         num_parameters: Of the global model.
         parameters_per_subnet: Trainable entries of each subnet of the last round.
     """

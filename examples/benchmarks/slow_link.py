@@ -133,7 +133,7 @@ def main() -> None:
                     "clusters_per_batch": 5,
                     "evaluation": "full",
                     "schedule": "constant",
-                    "lr": 0.003,
+                    "lr": 0.01,
                     "eval_every": 1000,
                     "keep_best": False,
                     **({} if method == "data-parallel" else {"executor": "serial"}),

@@ -46,7 +46,7 @@ def test_weights_and_history_are_those_of_one_process(
 ):
     got = on(workers)
     assert got.keys() == alone.keys()
-    for key in ("weights", "rounds", "best"):
+    for key in ("weights", "rounds", "best", "scores"):
         assert [name for name in alone if got[name][key] != alone[name][key]] == []
     assert len({each["weights"] for each in got.values()}) == len(got), "cases are different runs"
 

@@ -86,6 +86,36 @@ def test_killed_workers_change_nothing(undisturbed: str, tmp_path: Path):
     assert result.read_text() == undisturbed
 
 
+def test_two_agents_restart_together(undisturbed: str, tmp_path: Path):
+    """Agents of torchrun count restarts apart: only that of the dead worker's counts one."""
+    listener = listen("127.0.0.1")
+    port = listener.getsockname()[1]
+    listener.close()
+    result = tmp_path / "digest"
+    given = settings(out=tmp_path / "run", result=result, kill=[[0, 3, 2]])
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two"),
+        *("--local-addr=127.0.0.1", "--max-restarts=2", "--monitor-interval=0.1"),
+        *(str(SCRIPTS / "faults.py"), given),
+    ]
+    agents = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+        for _ in range(2)
+    ]
+    try:
+        outputs = [agent.communicate(timeout=180) for agent in agents]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                for child in [*psutil.Process(agent.pid).children(recursive=True), agent]:
+                    child.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert result.read_text() == undisturbed
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_run_goes_on_with_other_numbers_of_workers(
     halfway: Path, undisturbed: str, workers: int, tmp_path: Path
