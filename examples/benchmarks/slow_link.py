@@ -102,11 +102,11 @@ def main() -> None:
     """Measures, and prints the table."""
     parser = options(__doc__, threads=1, repeats=1)
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
-    parser.add_argument("--nodes", type=int, default=10_000)
-    parser.add_argument("--clusters", type=int, default=50)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--nodes", type=int, default=4_000)
+    parser.add_argument("--clusters", type=int, default=20)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--local-steps", type=int, default=20)
-    parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--epochs", type=float, default=160)
     parsed = parser.parse_args()
     if parsed.quick:
         parsed.nodes, parsed.clusters, parsed.hidden, parsed.epochs = 1_000, 10, 128, 8

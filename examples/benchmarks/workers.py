@@ -3,13 +3,12 @@
 Three tables, each of real torchrun processes on Gloo:
 
 - the same subnets on 1, 2, … workers (executor "serial": the same bits);
-- GIST, local SGD and DDP on the same workers, data and budget of epochs;
+- GIST, local SGD and DDP on the same workers, data and budget;
 - a model too wide for one worker: peak memory of the worker that takes most, and what
   ``gist plan`` promised; the run has a ``memory_limit`` of that and 2% more.
 
     python examples/benchmarks/workers.py --tables workers memory
-    python examples/benchmarks/workers.py --tables methods --nodes 4000 --clusters 20 --hidden 512 \\
-        --epochs 160
+    python examples/benchmarks/workers.py --tables methods --nodes 4000 --clusters 20 --hidden 512
     python examples/benchmarks/workers.py --quick --json workers.json
 """
 
@@ -76,7 +75,7 @@ def compare(parsed: Any) -> list[Row]:
         "layers": 3,
         "num_subnets": parsed.subnets,
         "local_steps": parsed.local_steps,
-        "epochs": parsed.epochs,
+        "epochs": parsed.epochs or 24,
         "clusters": parsed.clusters,
         "clusters_per_batch": 5,
         "evaluation": "full",
@@ -93,6 +92,8 @@ def compare(parsed: Any) -> list[Row]:
         rows.append(row | {"table": "workers", "method": "gist"})
         rows[-1]["speedup"] = rows[0]["seconds"] / row["seconds"]
     most = parsed.workers[-1]
+    settings |= {"epochs": parsed.epochs or 160}
+    serial = settings | {"executor": "serial"}
     peers = settings | {"num_subnets": most}
     runs = {
         f"gist, m = {parsed.subnets}": ("gist", serial),
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--subnets", type=int, default=4)
     parser.add_argument("--local-steps", type=int, default=20)
-    parser.add_argument("--epochs", type=float, default=24)
+    parser.add_argument("--epochs", type=float, help="default: 24, of the methods 160")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--wide", type=int, default=16_384, help="width of the third table")
     parser.add_argument("--wide-workers", type=int, nargs="*", default=[1, 2, 4])
