@@ -44,10 +44,10 @@ demo: $(STAMP) ## Train subnets of 1 to 8 on handwritten digits, compare them, w
 	$(BIN)/gist report runs/demo
 
 test: $(STAMP) ## Run the tests, without the slow ones
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup -m "not slow"
 
 test-all: $(STAMP) ## Run all tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup
 
 lint: $(STAMP) ## Check style, formatting and types
 	@failed=0; for check in "ruff check ." "ruff format --check ." mypy; do \

@@ -26,10 +26,10 @@ from gist.errors import ConfigError, GistError, WorkerLostError
 DEFAULT_TIMEOUT = 1800.0
 """Seconds that a rank waits for the others in one exchange."""
 
-_BEAT_SECONDS = 1.0
+_BEAT_SECONDS = 0.5
 _PATIENCE_SECONDS = 10.0
 _CONNECT_SECONDS = 3.0
-_SILENT_SECONDS = 4.0
+_SILENT_SECONDS = 3.0
 """A rank that has not been heard of for so long is taken for dead once an exchange has failed."""
 
 _WHERE = "gist/where"

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tests.baselines import runs
 from tests.workers.spawn import torchrun
 
+pytestmark = pytest.mark.xdist_group("baselines")  # they share runs
+
 AVERAGED = [case for case in runs.CASES if case.startswith("data-parallel")]
 TO_ROUNDING = [*AVERAGED, "ensemble, stacked"]  # two stacked members are rounded as four are not
 SAME_BITS = [case for case in runs.CASES if case not in TO_ROUNDING]
