@@ -20,7 +20,7 @@ from gist.graph.blockwise import Blockwise, Finish, blocks
 from gist.graph.hidden import Hidden
 from gist.graph.layerwise import Layer, Layerwise, require_layerwise
 from gist.graph.live_bytes import LiveBytes
-from gist.graph.stages import Place, Stage, as_registered, find_stages
+from gist.graph.stages import ConvStage, Place, as_registered, find_stages
 from gist.partition.rules.registry import without_caches
 from gist.partition.spec import model_tensors
 
@@ -122,7 +122,7 @@ class SpreadConv(Blockwise):
     def __init__(
         self,
         peers: Peers,
-        stage: Stage,
+        stage: ConvStage,
         names: Mapping[int, str],
         cuts: Sequence[slice] | None,
         graph: Adjacency,
@@ -321,7 +321,7 @@ class SpreadLayerwise(Layerwise):
         self.beside = Layerwise.beside + peers.taking(now, None)[0]
         super().__init__(small, x, graph)
 
-    def _stages(self, model: Any, index: int) -> list[tuple[Stage, list[slice] | None]]:
+    def _stages(self, model: Any, index: int) -> list[tuple[ConvStage, list[slice] | None]]:
         """How a convolution is computed; with the columns of each rank, unless all compute all."""
         conv, size = model.convs[index], self.peers.size
         last = index == model.num_layers - 1 and model.jk_mode is None
@@ -329,7 +329,7 @@ class SpreadLayerwise(Layerwise):
         if stages is not None and all(stage.unit > 1 or stage.width >= size for stage in stages):
             return [(stage, cuts_of(stage.width, size, stage.unit)) for stage in stages]
         everything = tuple(model_tensors(conv).values())
-        return [(Stage(module=conv, cut=everything, width=0, make=as_registered), None)]
+        return [(ConvStage(module=conv, cut=everything, width=0, make=as_registered), None)]
 
     def _layers_of(self, index: int, graph: Adjacency, like: Tensor) -> list[Layer]:
         layers: list[Layer] = []

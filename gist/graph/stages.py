@@ -47,7 +47,7 @@ Make = Callable[[Any, Place, Adjacency, Tensor], Blockwise]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stage:
+class ConvStage:
     """A part of a convolution.
 
     Attributes:
@@ -67,9 +67,9 @@ class Stage:
     after: tuple[Step, ...] = ()
 
 
-_STAGES: dict[type[nn.Module], Callable[[Any], list[Stage] | None]] = {}
+_STAGES: dict[type[nn.Module], Callable[[Any], list[ConvStage] | None]] = {}
 
-_T = TypeVar("_T", bound=Callable[[Any], list[Stage] | None])
+_T = TypeVar("_T", bound=Callable[[Any], list[ConvStage] | None])
 
 
 def register_stages(*conv_types: type[nn.Module]) -> Callable[[_T], _T]:
@@ -86,7 +86,7 @@ def register_stages(*conv_types: type[nn.Module]) -> Callable[[_T], _T]:
     return register
 
 
-def find_stages(conv: nn.Module) -> list[Stage] | None:
+def find_stages(conv: nn.Module) -> list[ConvStage] | None:
     """The stages of a convolution; None where its columns cannot be computed apart."""
     function = _STAGES.get(type(conv))
     return None if function is None else function(conv)
@@ -100,14 +100,14 @@ def as_registered(narrow: Any, place: Place, graph: Adjacency, like: Tensor) -> 
 
 
 @register_stages(pyg.GCNConv)
-def gcn_stages(conv: Any) -> list[Stage]:
+def gcn_stages(conv: Any) -> list[ConvStage]:
     """One: ``Â X Wᵀ + b``."""
     width = conv.lin.weight.size(0)
-    return [Stage(module=conv, cut=tuple(conv.parameters()), width=width, make=as_registered)]
+    return [ConvStage(module=conv, cut=tuple(conv.parameters()), width=width, make=as_registered)]
 
 
 @register_stages(pyg.SAGEConv)
-def sage_stages(conv: Any) -> list[Stage] | None:
+def sage_stages(conv: Any) -> list[ConvStage] | None:
     """One; with ``project`` neighbours are seen through a layer of their own, and there is none."""
     if conv.project:
         return None
@@ -118,11 +118,11 @@ def sage_stages(conv: Any) -> list[Stage] | None:
 
     after = (partial(F.normalize, p=2.0, dim=-1),) if conv.normalize else ()
     cut, width = tuple(conv.parameters()), conv.lin_l.weight.size(0)
-    return [Stage(module=conv, cut=cut, width=width, make=make, after=after)]
+    return [ConvStage(module=conv, cut=cut, width=width, make=make, after=after)]
 
 
 @register_stages(pyg.GATConv, pyg.GATv2Conv)
-def attention_stages(conv: Any) -> list[Stage] | None:
+def attention_stages(conv: Any) -> list[ConvStage] | None:
     """One, if heads are concatenated. GATv2 needs a head whole, GAT a number for each input."""
     single = not isinstance(conv.in_channels, tuple | list)
     if not (single and conv.concat and conv.aggr in ("add", "sum")) or is_flipped(conv):
@@ -141,11 +141,11 @@ def attention_stages(conv: Any) -> list[Stage] | None:
         cut.append(conv.bias)
     unit = 1 if folds else conv.out_channels
     width = conv.heads * conv.out_channels
-    return [Stage(module=conv, cut=tuple(cut), width=width, make=make, unit=unit)]
+    return [ConvStage(module=conv, cut=tuple(cut), width=width, make=make, unit=unit)]
 
 
 @register_stages(pyg.GINConv)
-def gin_stages(conv: Any) -> list[Stage] | None:
+def gin_stages(conv: Any) -> list[ConvStage] | None:
     """One for each linear layer of its network; sums go through the first, as it is linear."""
     if conv.aggr not in SUMS or (chain := _chain(conv.nn)) is None:
         return None
@@ -159,7 +159,7 @@ def gin_stages(conv: Any) -> list[Stage] | None:
         return Dense(weight=linear.weight, bias=linear.bias)
 
     return [
-        Stage(
+        ConvStage(
             module=linear,
             cut=tuple(linear.parameters()),
             width=linear.weight.size(0),

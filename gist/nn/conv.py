@@ -18,7 +18,7 @@ from gist.errors import DataError
 from gist.graph.adjacency import Adjacency, Form
 from gist.graph.blockwise import Product
 from gist.graph.blockwise_rules import Maker, blockwise_gcn, blockwise_sage, register_blockwise
-from gist.graph.stages import Stage, as_registered, gcn_stages, register_stages, sage_stages
+from gist.graph.stages import ConvStage, as_registered, gcn_stages, register_stages, sage_stages
 from gist.partition.builder import Layer
 from gist.partition.grouped.grouping import Grouping
 from gist.partition.grouped.pyg import GroupedSAGEConcatConv
@@ -172,10 +172,10 @@ def blockwise_sage_concat(conv: SAGEConcatConv) -> Maker:
 
 
 @register_stages(SAGEConcatConv)
-def sage_concat_stages(conv: SAGEConcatConv) -> list[Stage]:
+def sage_concat_stages(conv: SAGEConcatConv) -> list[ConvStage]:
     """One: a column has a row of the weight."""
     cut, width = tuple(conv.parameters()), conv.out_channels
-    return [Stage(module=conv, cut=cut, width=width, make=as_registered)]
+    return [ConvStage(module=conv, cut=cut, width=width, make=as_registered)]
 
 
 @register_rule(SAGEConcatConv)
