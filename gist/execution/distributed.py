@@ -149,13 +149,13 @@ class ShardedStore:
         for name, blocks in self.shards.blocks():
             home = self.shards.homes[name]
             for rows, entries in blocks:
-                assert into is not None
+                assert into is not None, "rank 0 alone gets any"
+                tensor = into[name]
                 if rows is None or home is None:
-                    into[name].copy_(entries)
-                elif home.of_unit:
-                    into[name].unsqueeze(0).index_copy_(0, rows.to(into[name].device), entries)
-                else:
-                    into[name].index_copy_(home.dim, rows.to(into[name].device), entries)
+                    tensor.copy_(entries)
+                    continue
+                tensor = tensor.unsqueeze(0) if home.of_unit else tensor
+                tensor.index_copy_(home.dim, rows.to(tensor.device), entries.to(tensor.device))
             if file is not None:
                 file.drop()
 
