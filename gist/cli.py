@@ -173,7 +173,10 @@ def train(
         int | None, typer.Option(help="Write a checkpoint after every so many rounds; needs --out.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="A run's directory: go on from its last checkpoint.")
+        Path | None,
+        typer.Option(
+            help="A run's directory: go on from its last checkpoint. auto: --out, if any."
+        ),
     ] = None,
     workers: Workers = None,
     max_restarts: MaxRestarts = 0,
@@ -215,8 +218,10 @@ def train(
         )
     trainer = experiment.trainer(experiment.load_data(), device)
     try:
-        result = trainer.fit(resume=resume)
+        result = trainer.fit(resume="auto" if resume == Path("auto") else resume)
     except KeyboardInterrupt:
+        if not trainer.comm.is_main:
+            raise typer.Exit(130) from None
         kept = out is not None and checkpoint_every is not None
         then = f"go on with --resume {out}" if kept else "nothing was saved: no --checkpoint-every"
         _errors.print(f"interrupted after {len(trainer.history)} rounds; {then}", soft_wrap=True)

@@ -99,7 +99,8 @@ class Experiment:
             raise ConfigError(
                 "the full model is not split",
                 got=f"num_subnets={self.settings['num_subnets']}",
-                remedy="leave num_subnets out, or use method 'gist'",
+                remedy="leave num_subnets out, or use method 'gist'; over several workers, "
+                "'data-parallel'",
             )
         known = load_card(self.dataset)
         subnets = self.settings.get("num_subnets", TrainConfig.num_subnets)
@@ -246,6 +247,8 @@ def plan_run(
     settings.setdefault("out", "run")  # nothing is written
     with torch.device("meta"):
         model = build_model(shape, seed=seed, **model_settings)
+    _, training = split_settings(settings, GraphConfig, TrainConfig)
+    require_subnets(TrainConfig.from_settings(training), workers)
     return estimate_costs(model, shape, workers=workers, device=device, **settings)
 
 

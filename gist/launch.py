@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from gist.errors import ConfigError
-from gist.execution.comm import listen
+from gist.execution.comm import available_cores, listen
 
 _LOOPBACK = "127.0.0.1"
 
@@ -58,7 +58,9 @@ def launch(command: Sequence[str], *, workers: int, max_restarts: int = 0) -> in
         master_listen_fd=listener.detach(),
     )
     settings = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(_cores() // workers, 1))),
+        "OMP_NUM_THREADS": os.environ.get(
+            "OMP_NUM_THREADS", str(max(available_cores() // workers, 1))
+        ),
         # Else the agent opens a store for the workers, on all addresses; now rank 0 opens one.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
@@ -113,7 +115,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,7 +24,7 @@ from gist.costs.room import Room, find_room
 from gist.errors import CheckpointError, ConfigError, PartitionError
 from gist.execution.allocator import gives_back_freed_memory, keeps_freed_memory
 from gist.execution.auto import AutoExecutor
-from gist.execution.comm import join, local_device
+from gist.execution.comm import available_cores, join, local_device
 from gist.execution.distributed import ShardedStore
 from gist.execution.executor import Executor
 from gist.execution.initialise import has_no_memory
@@ -159,7 +159,8 @@ class SubnetTrainer:
 
         Args:
             resume: A run's directory or a checkpoint of it: goes on from there, with the same bits
-                as if it had never stopped, on any number of workers.
+                as if it had never stopped, on any number of workers. ``"auto"``: from the last
+                checkpoint in ``out``, or from the start where there is none.
 
         Returns:
             History, best round, metrics and costs; ``self.model`` holds the best round, or the last
@@ -170,9 +171,13 @@ class SubnetTrainer:
             DivergedError: the loss is no longer finite.
             CheckpointError: ``resume`` is missing, damaged, or of another run.
             WorkerLostError: another worker died.
+            SystemExit: SIGTERM came; the status is 143.
         """
-        if any(self.comm.gather_values(restarts())) and self._has_checkpoints():
+        restarted = any(self.comm.gather_values(restarts()))
+        if (restarted or resume == "auto") and self._has_checkpoints():
             resume = Path(str(self.config.out))
+        elif resume == "auto":
+            resume = None
         if resume is not None:
             self.load_checkpoint(resume)
         elif self.result is not None:
@@ -183,6 +188,8 @@ class SubnetTrainer:
             )
         else:
             self._refuse_foreign_checkpoints()
+        if restarted:
+            self._say(f"the workers were started again; {len(self.history)} rounds are kept")
         memory = PeakMemory(self.device)
         pending = self.rounds[len(self.history) :]
         shown = self.config.progress if self.comm.is_main else False
@@ -203,6 +210,10 @@ class SubnetTrainer:
                     every = self.config.checkpoint_every
                     if every is None or (plan.index + 1) % every:
                         self.save_checkpoint()
+                    self._say(
+                        f"stopped by SIGTERM after {len(self.history)} rounds; go on with "
+                        f"fit(resume={self.config.out!r}), or --resume {self.config.out}"
+                    )
                     raise SystemExit(termination.status)
                 if any(stop for stop, _ in wishes):
                     break
@@ -362,7 +373,7 @@ class SubnetTrainer:
         if given and size > 1 and len(given) != size and self.comm.is_main:
             warnings.warn(
                 f"capacities are given for {len(given)} workers, and there are {size}: subnets "
-                "are sized for the former",
+                "are sized for the former; give one capacity for each worker",
                 stacklevel=4,
             )
 
@@ -386,6 +397,12 @@ class SubnetTrainer:
                 "--workers W",
             )
         require_subnets(self.config, self.comm.size)
+        threads, cores = torch.get_num_threads() * self.comm.ranks_here, available_cores()
+        if self.comm.size > 1 and self.device.type == "cpu" and threads > cores:
+            self._say(
+                f"{self.comm.ranks_here} workers with {torch.get_num_threads()} threads each share "
+                f"{cores} cores, which may be many times slower: set OMP_NUM_THREADS"
+            )
 
     def _check_alike(self) -> None:
         """Refuses workers that were started on different runs."""
@@ -393,7 +410,9 @@ class SubnetTrainer:
         for name in ("callbacks", "progress"):
             del own["settings"][name]
         own["settings"]["out"] = self.config.out is not None
-        own |= {"in memory": not has_no_memory(self.model), "device": self.device.type}
+        own |= {"device": self.device.type}
+        if self.comm.from_main(has_no_memory(self.model)):  # else rank 0's values are taken
+            own |= {"in memory": not has_no_memory(self.model)}
         first = self.comm.from_main(own)
         differ = sorted(
             key
@@ -406,7 +425,8 @@ class SubnetTrainer:
                 "the workers were started on different runs",
                 got=f"rank {odd[0]} differs from rank 0"
                 + (f" in {', '.join(differ)}" if differ else ""),
-                remedy="give all of them the same model, data and settings",
+                remedy="give all of them the same model, data and settings; what is drawn at "
+                "random needs the same seed: call torch.manual_seed(...) before it",
             )
 
     def _find_room(self) -> Room | None:

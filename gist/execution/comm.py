@@ -224,10 +224,12 @@ class Comm:
         _BROKEN.append(self)
         raise WorkerLostError(
             f"rank {self.rank} stops, because "
-            + (f"rank {', '.join(map(str, lost))} died" if lost else "an exchange failed"),
+            + (f"rank {', '.join(map(str, lost))} is gone" if lost else "an exchange failed"),
             got=reason,
-            remedy="look for the first error of that process; with torchrun --max-restarts and "
-            "checkpoint_every the run goes on by itself from its last checkpoint",
+            remedy="look for the first error of a worker. If there is none, one has called a "
+            "method of the trainer, or ended, without the others: all must call evaluate, "
+            "predict, save and gather_model. After a death, torchrun --max-restarts goes on from "
+            "the last checkpoint",
         ) from failure
 
     def watch(self, work: Any) -> None:
@@ -430,6 +432,11 @@ def _find(host: str, port: int, agent: Store | None, patience: timedelta) -> tup
                     remedy="look whether it was started, and whether a firewall is between",
                 ) from error
             time.sleep(0.2)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def listen(host: str, port: int = 0) -> socket.socket:

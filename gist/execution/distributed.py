@@ -64,10 +64,18 @@ class ShardedStore:
         self.layout = FileLayout.of(tensors)
         self.shards = Shards(comm, spec, tensors, device)
         self._kept: dict[str, Any] | None = None
-        if has_no_memory(model):
+        if comm.from_main(has_no_memory(model)):
+            if _is_spread(model):
+                raise ConfigError(
+                    "the model's values are spread over the workers, by an earlier trainer",
+                    remedy="give rank 0 what that trainer's gather_model() returns there, and the "
+                    "other workers the model as it is",
+                )
             self._initialise(seed)
         else:
             self.shards.fill(tensors.__getitem__)
+        if not _is_spread(model):
+            model.register_state_dict_pre_hook(_refuse_state)  # type: ignore[no-untyped-call]
         for own in model_tensors(model).values():
             if not own.is_meta:
                 _forget(own)
@@ -192,6 +200,9 @@ class ShardedStore:
         model: nn.Module | None = None
         if self.comm.is_main:
             model = copy.deepcopy(self.model)
+            hooks = model._state_dict_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _refuse_state]:
+                del hooks[key]
             empty = {
                 name: torch.empty_like(tensor, device=self.device)
                 for name, tensor in model_tensors(self.model).items()
@@ -315,6 +326,19 @@ class ShardedState(CarriedState):
             return {}
         rows = {name: self.shards.rows(name) for name in self.shards.tensors}
         return with_rows(self.shards.tensors, rows)
+
+
+def _refuse_state(model: nn.Module, *args: Any) -> None:
+    raise ConfigError(
+        "the model's values are spread over the workers: here it has none",
+        remedy="call trainer.gather_model() by all workers, which returns it on rank 0, or "
+        "trainer.save(folder)",
+    )
+
+
+def _is_spread(model: nn.Module) -> bool:
+    """Whether a store has taken a model's values."""
+    return any(hook is _refuse_state for hook in model._state_dict_pre_hooks.values())
 
 
 def _forget(own: Tensor) -> None:

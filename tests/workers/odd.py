@@ -24,7 +24,7 @@ def start(what: str, rank: int) -> None:
     elif what == "capacities":
         make(CASE, capacities=(1.0, 0.5) if rank else "measured")
     elif what == "memory":
-        with torch.device("meta" if rank else "cpu"):
+        with torch.device("cpu" if rank else "meta"):
             model = MODELS["gcn"](7, 16, 3)
         GISTTrainer(model, DATA["csbm"], executor="serial")
 

@@ -213,7 +213,7 @@ def test_the_others_name_the_worker_that_died(lost: int):
             assert process.returncode == -signal.SIGKILL
         else:
             assert process.returncode == 1, output
-            assert f"WorkerLostError: rank {rank} stops, because rank {lost} died" in output
+            assert f"WorkerLostError: rank {rank} stops, because rank {lost} is gone" in output
 
 
 @pytest.mark.parametrize("workers", [1, 3])
