@@ -16,6 +16,11 @@ settings.register_profile(
 settings.load_profile("gist")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start processes take longest: they begin first, so that none is left for the end."""
+    items.sort(key=lambda item: item.path.parent.name != "workers")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     """Bit-for-bit comparisons, and several test processes side by side, want one thread each."""
