@@ -17,7 +17,7 @@ settings.load_profile("gist")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start processes take longest: they begin first, so that none is left for the end."""
+    """Tests that start processes take longest, and begin first: none is left for the end."""
     items.sort(key=lambda item: item.path.parent.name != "workers")
 
 
