@@ -225,7 +225,7 @@ class DataParallelExecutor(SerialExecutor):
 
     def _train(self, program: Program, plan: RoundPlan, subnets: range) -> Tensor:
         """Mean loss of each of this rank's batches: ``[m / W]``."""
-        own = range(self.comm.rank, plan.num_subnets, self.comm.size)
+        own = self.comm.subnets(plan.num_subnets)
         keys = [("train", self.config.seed, plan.index, i) for i in own]
         streams = [ResumedStream(*key, device=self.device) for key in keys]
         batches = [

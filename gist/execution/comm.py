@@ -111,6 +111,10 @@ class Comm:
         """Ranks that share this machine's memory, as the launcher says."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
 
+    def subnets(self, count: int, rank: int | None = None) -> range:
+        """Those of so many subnets that a rank trains, this one by default: every ``W``-th."""
+        return range(self.rank if rank is None else rank, count, self.size)
+
     def start(
         self, outgoing: Tensor, counts_out: Sequence[int], counts_in: Sequence[int]
     ) -> Pending:
@@ -154,6 +158,38 @@ class Comm:
         parts = list(torch.split(received, counts_in))
         parts[self.rank] = own
         return parts
+
+    def to_main(self, own: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Each rank's one-dimensional tensor, on rank 0; nothing on the others.
+
+        Args:
+            own: ``[counts[rank]]``.
+            counts: ``[W]`` entries of each rank.
+        """
+        own = own.to(self.device)
+        none = [0] * self.size
+        if not self.is_main:
+            self.start(own, [own.numel(), *none[1:]], none).wait()
+            return []
+        counts_in = [0, *counts[1:]]
+        received = self.start(own[:0], none, counts_in).wait()
+        return [own, *torch.split(received, counts_in)[1:]]
+
+    def hand_out(self, parts: Sequence[Tensor] | None, like: Tensor, count: int) -> Tensor:
+        """This rank's part of what rank 0 has, one-dimensional.
+
+        Args:
+            parts: ``[W]`` one-dimensional tensors, on rank 0; None on the others.
+            like: A tensor of their dtype.
+            count: Entries of this rank's.
+        """
+        none = [0] * self.size
+        if parts is None:
+            empty = like.new_empty(0, device=self.device)
+            return self.start(empty, none, [count, *none[1:]]).wait()
+        counts_out = [0, *(part.numel() for part in parts[1:])]
+        self.start(torch.cat([parts[0][:0], *parts[1:]]), counts_out, none).wait()
+        return parts[0]
 
     def gather_values(self, value: Any) -> list[Any]:
         """Each rank's value, on every rank; it is sent as JSON."""

@@ -169,8 +169,7 @@ class ShardedStore:
 
     def write_part(self, path: Path) -> None:
         """See :meth:`Store.write_part`."""
-        rows = {name: self.shards.rows(name) for name in self.shards.tensors}
-        write_tensors(path, with_rows(self.shards.tensors, rows))
+        write_tensors(path, with_rows(self.shards.tensors, self.shards.all_rows()))
 
     def write_kept(self, path: Path) -> None:
         """See :meth:`Store.write_kept`."""
@@ -185,8 +184,8 @@ class ShardedStore:
     def read(self, paths: Sequence[Path]) -> None:
         """See :meth:`Store.read`."""
         self.shards.clear()
-        rows = {name: self.shards.rows(name) for name in self.shards.tensors}
-        read_rows(paths, self.shards.tensors, self.shards.homes, rows)
+        shards = self.shards
+        read_rows(paths, shards.tensors, shards.homes, shards.all_rows())
 
     def read_kept(self, paths: Sequence[Path]) -> None:
         """See :meth:`Store.read_kept`."""
@@ -231,7 +230,7 @@ class ShardedRound:
         self._shards, self._assignment = shards, assignment
         m, comm = assignment.num_subnets, shards.comm
         self._selections = [Selection(shards.spec, assignment, i) for i in range(m)]
-        own = range(comm.rank, m, comm.size)
+        own = comm.subnets(m)
         self._parts = dict(zip(own, shards.deal(self._selections), strict=True))
         self._saved: list[Part] = []
         self._own = list(own)
@@ -287,7 +286,7 @@ class ShardedState(CarriedState):
         m = assignment.num_subnets
         self._selections = [Selection(self.spec, assignment, i) for i in range(m)]
         dealt = self.shards.deal(self._selections)
-        self._parts = dict(zip(range(self.comm.rank, m, self.comm.size), dealt, strict=True))
+        self._parts = dict(zip(self.comm.subnets(m), dealt, strict=True))
 
     def _part(self, subnet: int) -> Mapping[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self._parts.get(subnet, {}).items()}
@@ -324,8 +323,7 @@ class ShardedState(CarriedState):
         """This rank's part of everything, for a checkpoint."""
         if self.shards is None:
             return {}
-        rows = {name: self.shards.rows(name) for name in self.shards.tensors}
-        return with_rows(self.shards.tensors, rows)
+        return with_rows(self.shards.tensors, self.shards.all_rows())
 
 
 def _refuse_state(model: nn.Module, *args: Any) -> None:

@@ -51,7 +51,7 @@ class MemberStore:
         self.model, self.spec, self.assignment, self.comm = model, spec, assignment, comm
         tensors = model_tensors(model)
         comm.fill_from_main(tensors.values())
-        own = range(comm.rank, assignment.num_subnets, comm.size)
+        own = comm.subnets(assignment.num_subnets)
         self.members: dict[int, Member] = {i: extract(tensors, spec, assignment, i) for i in own}
         self._kept: dict[int, Member] = {}
 

@@ -88,7 +88,7 @@ class RoundExecutor(ABC):
 
     def own(self, assignment: Assignment) -> range:
         """The subnets of a round that this rank trains."""
-        return range(self.comm.rank, assignment.num_subnets, self.comm.size)
+        return self.comm.subnets(assignment.num_subnets)
 
     def run_round(self, plan: RoundPlan, assignment: Assignment) -> RoundReport:
         """Loads, trains and saves every subnet of one round; all ranks take part.
@@ -138,7 +138,7 @@ class RoundExecutor(ABC):
         m, size = assignment.num_subnets, self.comm.size
         kinds = [loss.dtype for loss in losses] or [next(self.model.parameters()).dtype]
         own = torch.cat([*losses, torch.empty(0, device=self.device)])
-        counts = [len(range(rank, m, size)) for rank in range(size)]
+        counts = [len(self.comm.subnets(m, rank)) for rank in range(size)]
         parts = self.comm.gather(own.double().to(self.comm.device), counts)
         every = torch.empty(m, dtype=torch.float64)
         for rank, part in enumerate(parts):
@@ -220,8 +220,7 @@ class RoundExecutor(ABC):
         if isinstance(self.carried, ShardedState):
             shards = self.carried.shards
             assert shards is not None
-            rows = {name: shards.rows(name) for name in shards.tensors}
-            read_rows(paths, shards.tensors, shards.homes, rows)
+            read_rows(paths, shards.tensors, shards.homes, shards.all_rows())
         else:
             read_whole(paths, self.carried.tensors, self.carried.spec)
 

@@ -6,6 +6,7 @@ Shape legend: ``W`` ranks, ``m`` subnets; subnet ``i`` is trained by rank ``i mo
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,10 @@ class Shards:
         home = self.homes[name]
         return None if home is None else self._placements[home].mine
 
+    def all_rows(self) -> dict[str, Tensor | None]:
+        """:meth:`rows` of every tensor."""
+        return {name: self.rows(name) for name in self.tensors}
+
     def owner(self, name: str) -> Tensor | None:
         """``[n]``: the rank that has each row of a tensor; None for a tensor without rows."""
         home = self.homes[name]
@@ -201,7 +206,7 @@ class Shards:
             (moving if home is not None and home.moves and exclusive[name] else staying).append(
                 name
             )
-        _Collect(self, selections, assignment, parts).run(staying)
+        _Collect(self, selections, assignment, parts).run_groups(staying)
         self._move(moving, selections, parts)
 
     def _move(
@@ -217,7 +222,7 @@ class Shards:
                 owner[rows_of(home, self.spec.layouts[name], selection)] = subnet % self.comm.size
             after[home] = Placement(owner, self.comm.rank)
         self._placements = after
-        own = selections[self.comm.rank :: self.comm.size]
+        own = [selections[i] for i in self.comm.subnets(len(selections))]
         for name in names:
             home, layout = self.homes[name], self.spec.layouts[name]
             assert home is not None
@@ -250,22 +255,10 @@ class Shards:
                 continue
             for rows, mine in self._portions(name):
                 entries = own.index_select(home.dim, mine.to(own.device))
-                counts = [math.prod(self.shape(name, each.numel())) for each in rows]
-                counts[0] = 0
-                into = counts if self.comm.is_main else [0] * self.comm.size
-                out = [0] * self.comm.size
-                out[0] = 0 if self.comm.is_main else entries.numel()
-                outgoing = entries.reshape(-1)[: out[0]]
-                received = self.comm.start(outgoing, out, into).wait()
-                if not self.comm.is_main:
-                    yield name, []
-                    continue
-                parts = [part.to(self.device) for part in torch.split(received, into)]
-                got = [
-                    (each, part.view(self.shape(name, each.numel())))
-                    for each, part in zip(rows[1:], parts[1:], strict=True)
-                ]
-                yield name, [(rows[0], entries), *got]
+                shapes = [self.shape(name, each.numel()) for each in rows]
+                parts = self.comm.to_main(entries.reshape(-1), [math.prod(s) for s in shapes])
+                got = zip(rows, parts, shapes, strict=True) if parts else ()
+                yield name, [(each, part.to(self.device).view(s)) for each, part, s in got]
 
     def fill(self, whole: Callable[[str], Tensor], names: Iterable[str] | None = None) -> None:
         """Takes rank 0's values of tensors; all ranks take part.
@@ -278,36 +271,20 @@ class Shards:
             home, own = self.homes[name], self.tensors[name]
             source = whole(name).detach() if self.comm.is_main else None
             if home is None:
-                others = self.comm.size - 1
-                out, into = [0] * self.comm.size, [0] * self.comm.size
-                outgoing = own.reshape(-1)[:0]
                 if source is not None:
-                    out[1:] = [own.numel()] * others
-                    outgoing = source.to(self.device).reshape(-1).repeat(others)
-                else:
-                    into[0] = own.numel()
-                received = self.comm.start(outgoing, out, into).wait()
-                own.copy_(received.view(own.shape) if source is None else source)
+                    own.copy_(source)
+                self.comm.fill_from_main([own])
                 continue
             if source is not None and home.of_unit:
                 source = source.unsqueeze(0)
             for rows, mine in self._portions(name):
-                out, into = [0] * self.comm.size, [0] * self.comm.size
-                outgoing, entries = own.reshape(-1)[:0], None
+                parts: list[Tensor] | None = None
                 if source is not None:
-                    cut = [
-                        source.index_select(home.dim, each.to(source.device)).to(self.device)
-                        for each in rows
-                    ]
-                    out[1:] = [part.numel() for part in cut[1:]]
-                    entries = cut[0]
-                    outgoing = torch.cat([own.new_empty(0), *(c.reshape(-1) for c in cut[1:])])
-                else:
-                    into[0] = math.prod(self.shape(name, mine.numel()))
-                received = self.comm.start(outgoing, out, into).wait()
-                if entries is None:
-                    entries = received.to(self.device).view(self.shape(name, mine.numel()))
-                _put(own, home.dim, mine, entries)
+                    cut = [source.index_select(home.dim, each.to(source.device)) for each in rows]
+                    parts = [part.reshape(-1).to(self.comm.device) for part in cut]
+                shape = self.shape(name, mine.numel())
+                entries = self.comm.hand_out(parts, own, math.prod(shape))
+                _put(own, home.dim, mine, entries.to(self.device).view(shape))
 
     def _portions(self, name: str) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Rows of every rank, a bounded number at a time, and where this rank has its own."""
@@ -349,16 +326,24 @@ def rows_of(home: Home, layout: ParamLayout, selection: Selection) -> Tensor:
     return torch.arange(home.size) if rows is None else rows
 
 
-class _Exchange:
+class _Exchange(ABC):
     """What of every tensor travels between a rank that has rows and one that trains them."""
 
     def __init__(self, shards: Shards, selections: Sequence[Selection]) -> None:
         self.shards, self.selections, self.comm = shards, selections, shards.comm
         self._splits: dict[tuple[Home, int], tuple[Tensor, Tensor, list[int]]] = {}
 
-    def subnets(self, rank: int) -> range:
-        """Those that a rank trains."""
-        return range(rank, len(self.selections), self.comm.size)
+    @abstractmethod
+    def travelling(self, sender: int, receiver: int) -> tuple[range, int]:
+        """The subnets whose entries one rank sends another, and the rank that has the rows."""
+
+    @abstractmethod
+    def write(self, name: str, subnet: int, rows_of: int, out: Tensor) -> None:
+        """Writes what this rank sends of a tensor: what a subnet holds of the rows of a rank."""
+
+    @abstractmethod
+    def unpack(self, group: list[str], blocks: Mapping[tuple[str, int, int], Tensor]) -> None:
+        """Takes what has arrived, by name, subnet, and the rank that sent it."""
 
     def holds(self, name: str, subnet: int) -> bool:
         return self.selections[subnet].holds(self.shards.spec.layouts[name])
@@ -406,41 +391,60 @@ class _Exchange:
         index[home.dim] = mine
         return tuple(index)
 
-    def counts(self, pairs: Callable[[int], Iterable[tuple[str, int, int]]]) -> list[int]:
-        """Entries for each rank: of ``(name, subnet, rank that has the rows)``."""
+    def message(self, group: list[str], sender: int, receiver: int) -> list[tuple[str, int, Any]]:
+        """What one rank sends another, in order: name, subnet and shape of each block."""
+        if sender == receiver:
+            return []
+        subnets, rows_of = self.travelling(sender, receiver)
         return [
-            0
-            if rank == self.comm.rank
-            else sum(math.prod(self.shape(*pair)) for pair in pairs(rank))
-            for rank in range(self.comm.size)
+            (name, subnet, self.shape(name, subnet, rows_of))
+            for subnet in subnets
+            for name in group
+            if self.holds(name, subnet)
         ]
 
     @torch.no_grad()
     def run_groups(self, names: Sequence[str]) -> None:
         """Exchanges group by group: while one is on its way, the next is packed."""
-        waiting: deque[tuple[list[str], Pending, list[int]]] = deque()
+        waiting: deque[tuple[list[str], Pending, list[Any]]] = deque()
         for group in exchange_groups(names, self.shards.spec, self.shards.dtypes):
-            outgoing, counts_out, counts_in = self.pack(group)
-            waiting.append((group, self.comm.start(outgoing, counts_out, counts_in), counts_in))
+            waiting.append((group, *self._send(group)))
             if len(waiting) > 1:
                 self._arrive(*waiting.popleft())
         while waiting:
             self._arrive(*waiting.popleft())
 
-    def _arrive(self, group: list[str], pending: Pending, counts: list[int]) -> None:
-        received = pending.wait().to(self.shards.device)
-        self.unpack(group, list(torch.split(received, counts)))
+    def _send(self, group: list[str]) -> tuple[Pending, list[Any]]:
+        """Packs and starts; with it, the messages that will come."""
+        me, ranks = self.comm.rank, range(self.comm.size)
+        going = [self.message(group, me, rank) for rank in ranks]
+        coming = [self.message(group, rank, me) for rank in ranks]
+        counts = [[sum(math.prod(b[2]) for b in each) for each in all_] for all_ in (going, coming)]
+        outgoing, at = self.shards.tensors[group[0]].new_empty(sum(counts[0])), 0
+        for rank, message in zip(ranks, going, strict=True):
+            rows_of = self.travelling(me, rank)[1]
+            for name, subnet, shape in message:
+                out = outgoing[at : at + math.prod(shape)].view(shape)
+                if out.numel():
+                    self.write(name, subnet, rows_of, out)
+                at += out.numel()
+        return self.comm.start(outgoing, *counts), coming
 
-    def pack(self, group: list[str]) -> tuple[Tensor, list[int], list[int]]:
-        raise NotImplementedError
-
-    def unpack(self, group: list[str], received: list[Tensor]) -> None:
-        raise NotImplementedError
+    def _arrive(self, group: list[str], pending: Pending, coming: list[Any]) -> None:
+        received, at = pending.wait().to(self.shards.device), 0
+        blocks = {}
+        for sender, message in enumerate(coming):
+            for name, subnet, shape in message:
+                size = math.prod(shape)
+                blocks[name, subnet, sender] = received[at : at + size].view(shape)
+                at += size
+        self.unpack(group, blocks)
 
 
 class _Deal(_Exchange):
     def run(self, names: list[str]) -> list[Part]:
-        self.parts: dict[int, Part] = {subnet: {} for subnet in self.subnets(self.comm.rank)}
+        own = self.comm.subnets(len(self.selections))
+        self.parts: dict[int, Part] = {subnet: {} for subnet in own}
         self.run_groups([name for name in names if self.shards.homes[name] is not None])
         for name in names:
             if self.shards.homes[name] is None:
@@ -448,53 +452,34 @@ class _Deal(_Exchange):
                     part[name] = self.shards.tensors[name].clone()
         return list(self.parts.values())
 
-    def pack(self, group: list[str]) -> tuple[Tensor, list[int], list[int]]:
-        me, tensors = self.comm.rank, self.shards.tensors
+    def travelling(self, sender: int, receiver: int) -> tuple[range, int]:
+        return self.comm.subnets(len(self.selections), receiver), sender
 
-        def wanted(taker: int, giver: int) -> Iterator[tuple[str, int, int]]:
-            for subnet in self.subnets(taker):
-                for name in group:
-                    if self.holds(name, subnet):
-                        yield name, subnet, giver
+    def write(self, name: str, subnet: int, rows_of: int, out: Tensor) -> None:
+        gather(self.shards.tensors[name], self.local_index(name, subnet), out=out)
 
-        counts_out = self.counts(lambda rank: wanted(rank, me))
-        counts_in = self.counts(lambda rank: wanted(me, rank))
-        outgoing, at = tensors[group[0]].new_empty(sum(counts_out)), 0
-        for rank in range(self.comm.size):
-            for name, subnet, _ in wanted(rank, me) if rank != me else ():
-                shape = self.shape(name, subnet, me)
-                out = outgoing[at : at + math.prod(shape)].view(shape)
-                if out.numel():
-                    gather(tensors[name], self.local_index(name, subnet), out=out)
-                at += out.numel()
-        return outgoing, counts_out, counts_in
-
-    def unpack(self, group: list[str], received: list[Tensor]) -> None:
-        me, at = self.comm.rank, [0] * self.comm.size
+    def unpack(self, group: list[str], blocks: Mapping[tuple[str, int, int], Tensor]) -> None:
         for subnet, part in self.parts.items():
             for name in group:
-                home, own = self.shards.homes[name], self.shards.tensors[name]
-                assert home is not None
-                if not self.holds(name, subnet):
-                    continue
-                index, (rows, _, counts) = self.local_index(name, subnet), self.split(name, subnet)
-                if counts[me] == rows.numel():
-                    alone = all(each is None for each in index)
-                    entries = own if alone else gather(own, index)
-                else:
-                    entries = own.new_empty(self._held_shape(name, subnet))
-                    for rank in range(self.comm.size):
-                        if not counts[rank]:
-                            continue
-                        shape = self.shape(name, subnet, rank)
-                        if rank == me:
-                            block = gather(own, index)
-                        else:
-                            size = math.prod(shape)
-                            block = received[rank][at[rank] : at[rank] + size].view(shape)
-                            at[rank] += size
-                        _put(entries, home.dim, self.within(name, subnet, rank), block)
-                part[name] = entries.squeeze(0) if home.of_unit else entries
+                if self.holds(name, subnet):
+                    part[name] = self._whole(name, subnet, blocks)
+
+    def _whole(
+        self, name: str, subnet: int, blocks: Mapping[tuple[str, int, int], Tensor]
+    ) -> Tensor:
+        """All that a subnet holds of a tensor, from this rank and others."""
+        me, home, own = self.comm.rank, self.shards.homes[name], self.shards.tensors[name]
+        assert home is not None
+        index, (rows, _, counts) = self.local_index(name, subnet), self.split(name, subnet)
+        if counts[me] == rows.numel():
+            entries = own if all(each is None for each in index) else gather(own, index)
+        else:
+            entries = own.new_empty(self._held_shape(name, subnet))
+            for rank in range(self.comm.size):
+                if counts[rank]:
+                    block = gather(own, index) if rank == me else blocks[name, subnet, rank]
+                    _put(entries, home.dim, self.within(name, subnet, rank), block)
+        return entries.squeeze(0) if home.of_unit else entries
 
     def _held_shape(self, name: str, subnet: int) -> tuple[int, ...]:
         home, layout = self.shards.homes[name], self.shards.spec.layouts[name]
@@ -513,31 +498,13 @@ class _Collect(_Exchange):
     ) -> None:
         super().__init__(shards, selections)
         self.assignment = assignment
-        self.parts = dict(zip(self.subnets(self.comm.rank), parts, strict=True))
+        self.parts = dict(zip(self.comm.subnets(len(selections)), parts, strict=True))
 
-    def run(self, names: list[str]) -> None:
-        self.run_groups(names)
+    def travelling(self, sender: int, receiver: int) -> tuple[range, int]:
+        return self.comm.subnets(len(self.selections), sender), receiver
 
-    def _trained(self, group: list[str], by: int, of: int) -> Iterator[tuple[str, int, int]]:
-        """What one rank trained of the rows of another; of a tensor without rows, all."""
-        for subnet in self.subnets(by):
-            for name in group:
-                if self.holds(name, subnet):
-                    yield name, subnet, of
-
-    def pack(self, group: list[str]) -> tuple[Tensor, list[int], list[int]]:
-        me = self.comm.rank
-        counts_out = self.counts(lambda rank: self._trained(group, me, rank))
-        counts_in = self.counts(lambda rank: self._trained(group, rank, me))
-        outgoing, at = self.shards.tensors[group[0]].new_empty(sum(counts_out)), 0
-        for rank in range(self.comm.size):
-            for name, subnet, _ in self._trained(group, me, rank) if rank != me else ():
-                shape = self.shape(name, subnet, rank)
-                out = outgoing[at : at + math.prod(shape)].view(shape)
-                if out.numel():
-                    self._cut(name, subnet, rank, out)
-                at += out.numel()
-        return outgoing, counts_out, counts_in
+    def write(self, name: str, subnet: int, rows_of: int, out: Tensor) -> None:
+        self._cut(name, subnet, rows_of, out)
 
     def _cut(self, name: str, subnet: int, rank: int, out: Tensor | None = None) -> Tensor:
         """What of a part belongs to the rows that a rank has."""
@@ -553,26 +520,20 @@ class _Collect(_Exchange):
             return part if out is None else out.copy_(part)
         return torch.index_select(part, home.dim, rows.to(part.device), out=out)
 
-    def unpack(self, group: list[str], received: list[Tensor]) -> None:
-        me, at = self.comm.rank, [0] * self.comm.size
+    def unpack(self, group: list[str], blocks: Mapping[tuple[str, int, int], Tensor]) -> None:
+        me = self.comm.rank
         tensors = {name: self.shards.tensors[name] for name in group}
         local = [_Local(self, subnet) for subnet in range(len(self.selections))]
         merging = Merge(tensors, self.shards.spec, self.assignment, local)  # type: ignore[arg-type]
         for subnet in range(len(self.selections)):
-            part: Part = {}
             rank = subnet % self.comm.size
-            for name in group:
-                if not self.holds(name, subnet):
-                    continue
-                if rank == me:
-                    if self.shards.homes[name] is None or self.split(name, subnet)[2][me]:
-                        part[name] = self._cut(name, subnet, me)
-                    continue
-                shape = self.shape(name, subnet, me)
-                size = math.prod(shape)
-                part[name] = received[rank][at[rank] : at[rank] + size].view(shape)
-                at[rank] += size
-            merging.add(part)
+            held = [name for name in group if local[subnet].holds(self.shards.spec.layouts[name])]
+            merging.add(
+                {
+                    name: self._cut(name, subnet, me) if rank == me else blocks[name, subnet, rank]
+                    for name in held
+                }
+            )
         merging.finish()
 
 

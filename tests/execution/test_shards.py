@@ -5,9 +5,7 @@ Real processes are in tests/workers.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from queue import Queue
 from typing import Any
 
 import pytest
@@ -27,6 +25,7 @@ from gist.partition.samplers import Sampler
 from gist.partition.spec import ParamLayout, PartitionSpec, Slot, UnitGroup, model_tensors
 from gist.partition.transfer import Selection, extract, merge
 from gist.partition.wiring import partition_spec
+from tests.threads import Queues, on_ranks
 
 SAMPLERS: list[Sampler] = [
     DisjointUniform(),
@@ -46,7 +45,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 class Threads(Comm):
     """A rank that is a thread, with queues to the others."""
 
-    def __init__(self, rank: int, queues: list[list[Queue[Tensor]]]) -> None:
+    def __init__(self, rank: int, queues: Queues) -> None:
         super().__init__()
         self.rank, self.size, self.queues = rank, len(queues), queues
 
@@ -63,28 +62,6 @@ class Threads(Comm):
         self.sent += sum(counts_out) * outgoing.element_size()
         self.received += sum(counts_in) * outgoing.element_size()
         return Pending(self, torch.cat([outgoing.new_empty(0), *parts]))
-
-
-def on_ranks(size: int, job: Callable[[Comm], Any]) -> list[Any]:
-    """What each rank's job returns."""
-    queues: list[list[Queue[Tensor]]] = [[Queue() for _ in range(size)] for _ in range(size)]
-    results: list[Any] = [None] * size
-    errors: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = job(Threads(rank, queues))
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
 
 
 def trained(part: Part, *key: int) -> Part:
@@ -130,7 +107,8 @@ def check(
     traffic = Traffic(spec, items, workers=ranks)
     promised = [traffic.round(deal) for deal in deals]
 
-    def job(comm: Comm) -> dict[str, Tensor]:
+    def job(rank: int, queues: Queues) -> dict[str, Tensor]:
+        comm = Threads(rank, queues)
         own = Shards(comm, spec, tensors, torch.device("cpu"))
         own.fill(tensors.__getitem__)
         kept: Any = None

@@ -5,10 +5,7 @@ Real processes are in tests/workers/test_spread.py.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from queue import Queue
-from typing import Any
 
 import pytest
 import torch
@@ -27,6 +24,7 @@ from gist.graph.live_bytes import LiveBytes
 from gist.graph.spread import Rehearsed, SpreadConv, SpreadLayerwise, cuts_of
 from gist.graph.stages import find_stages
 from gist.partition.spec import model_tensors
+from tests.threads import Queues, on_ranks
 
 FEATURES, CLASSES = 5, 3
 
@@ -39,7 +37,7 @@ class Arriving:
 class Threads(Rehearsed):
     """A rank that is a thread: it has the whole model, and queues to the others."""
 
-    def __init__(self, model: nn.Module, rank: int, queues: list[list[Queue]]) -> None:
+    def __init__(self, model: nn.Module, rank: int, queues: Queues) -> None:
         super().__init__(model, rank, len(queues))
         self.queues = queues
 
@@ -61,28 +59,6 @@ class Threads(Rehearsed):
             return torch.cat(parts)
 
         return Arriving(wait)
-
-
-def on_ranks(size: int, job: Callable[[int, list[list[Queue]]], Any]) -> list[Any]:
-    """What each rank's job returns."""
-    queues = [[Queue() for _ in range(size)] for _ in range(size)]
-    results: list[Any] = [None] * size
-    errors: list[BaseException] = []
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = job(rank, queues)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
 
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
@@ -137,7 +113,7 @@ def test_any_number_of_ranks_gives_the_plain_forward_pass(
     with torch.no_grad():
         expected = forward(model, x, graph)
 
-    def run(rank: int, queues: list[list[Queue]]) -> Tensor:
+    def run(rank: int, queues: Queues) -> Tensor:
         by_layer = SpreadLayerwise(model, x, graph, Threads(model, rank, queues))
         span = by_layer.enough - by_layer.smallest
         assert span >= 0
