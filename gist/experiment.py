@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import gist
+from gist.agreement import require_subnets
 from gist.baselines import (
     DataParallelTrainer,
     EnsembleTrainer,
@@ -35,7 +36,7 @@ from gist.history import TrainResult
 from gist.nn import GAT, GCN, GraphSAGE
 from gist.partition.spec import model_tensors
 from gist.partition.streams import seeded
-from gist.trainer import GISTTrainer, require_subnets
+from gist.trainer import GISTTrainer
 
 MODELS = ("gcn", "sage", "sage-concat", "gat")
 BASELINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gist import checkpoint
+from gist.agreement import check_workers, least_room, refuse_unlike, settle_capacities
 from gist.batchnorm import recalibrate_batchnorm, tracks_statistics
 from gist.checkpoint import write_atomically
 from gist.config import GraphConfig, TrainConfig, split_settings
@@ -24,7 +24,7 @@ from gist.costs.room import Room, find_room
 from gist.errors import CheckpointError, ConfigError, PartitionError
 from gist.execution.allocator import gives_back_freed_memory, keeps_freed_memory
 from gist.execution.auto import AutoExecutor
-from gist.execution.comm import available_cores, join, local_device
+from gist.execution.comm import join, local_device
 from gist.execution.distributed import ShardedStore
 from gist.execution.executor import Executor
 from gist.execution.initialise import has_no_memory
@@ -33,7 +33,6 @@ from gist.execution.make import make_executor, make_store
 from gist.execution.mapped import MODEL_FILE
 from gist.execution.memory import PeakMemory, free_memory, memory_in_use
 from gist.execution.objective import Objective
-from gist.execution.speed import measure_speed
 from gist.execution.store import Store
 from gist.execution.tensorfile import FileLayout, write_tensors
 from gist.graph.batch import BatchRecipe, FullGraph
@@ -124,15 +123,14 @@ class SubnetTrainer:
             self.device, backend=self.config.backend, timeout=self.config.worker_timeout
         )
         self._check_workers()
-        given = self.config.capacities
-        self.capacities = None if given is None or isinstance(given, str) else tuple(given)
+        self.capacities: tuple[float, ...] | None = None
         self.model, self.objective = model, objective
         self.spec: PartitionSpec = partition_spec(model, wiring)
         self._check_subnets()
         self.rounds = plan_rounds(self.config, objective.steps_per_epoch)
         small = small_model(model, self.spec, self.config.seed)
         objective.check(small)
-        self.room = self._agree_on(self._find_room())
+        self.room = least_room(self.comm, self._find_room())
         inputs, keywords = objective.sample_inputs(small)
         self.wiring_error = verify_wiring(
             model, inputs, keywords, wiring=wiring, seed=self.config.seed
@@ -141,7 +139,7 @@ class SubnetTrainer:
         if self.config.out is not None:
             _make_folder(Path(self.config.out))
         self._check_alike()
-        self._settle_capacities()
+        self.capacities = settle_capacities(self.config, self.comm, self.device, say=self._say)
         self.store = self._make_store()
         self.most_stacked = None if self.room is None else self.room.most
         self._make_executor = self._executor_maker(wiring)
@@ -362,47 +360,8 @@ class SubnetTrainer:
             say=self._say,
         )
 
-    def _settle_capacities(self) -> None:
-        """Measures the relative speeds of the workers, where asked for; all of them take part."""
-        if self.config.capacities == "measured":
-            speeds = self.comm.gather_values(measure_speed(self.device))
-            self.capacities = tuple(round(speed / max(speeds), 2) for speed in speeds)
-            found = ", ".join(map(str, self.capacities))
-            self._say(f"measured capacities of the workers: {found}")
-        given, size = self.capacities, self.comm.size
-        if given and size > 1 and len(given) != size and self.comm.is_main:
-            warnings.warn(
-                f"capacities are given for {len(given)} workers, and there are {size}: subnets "
-                "are sized for the former; give one capacity for each worker",
-                stacklevel=4,
-            )
-
-    def _agree_on(self, room: Room | None) -> Room | None:
-        """The least room that any worker has: all of them run subnets, and evaluate, alike."""
-        own = None if room is None else [room.most, room.evaluation]
-        each = self.comm.gather_values(own)
-        if room is None or self.comm.size == 1:
-            return room
-        known = [every for every in each if every is not None]
-        most = min((m for m, _ in known if m is not None), default=None)
-        evaluation = min((size for _, size in known if size is not None), default=None)
-        return replace(room, most=most, evaluation=evaluation)
-
     def _check_workers(self) -> None:
-        if self.config.executor == "distributed" and not self.comm.is_distributed:
-            raise ConfigError(
-                "executor='distributed' needs workers",
-                got="one process that no launcher started",
-                remedy="start the script with torchrun --nproc-per-node W, or gist train with "
-                "--workers W",
-            )
-        require_subnets(self.config, self.comm.size)
-        threads, cores = torch.get_num_threads() * self.comm.ranks_here, available_cores()
-        if self.comm.size > 1 and self.device.type == "cpu" and threads > cores:
-            self._say(
-                f"{self.comm.ranks_here} workers with {torch.get_num_threads()} threads each share "
-                f"{cores} cores, which may be many times slower: set OMP_NUM_THREADS"
-            )
+        check_workers(self.config, self.comm, self.device, say=self._say)
 
     def _check_alike(self) -> None:
         """Refuses workers that were started on different runs."""
@@ -413,21 +372,7 @@ class SubnetTrainer:
         own |= {"device": self.device.type}
         if self.comm.from_main(has_no_memory(self.model)):  # else rank 0's values are taken
             own |= {"in memory": not has_no_memory(self.model)}
-        first = self.comm.from_main(own)
-        differ = sorted(
-            key
-            for key in {**own, **own["settings"]}
-            if {**own, **own["settings"]}[key] != {**first, **first["settings"]}.get(key)
-        )
-        odd = [rank for rank, each in enumerate(self.comm.gather_values(differ)) if each]
-        if odd:
-            raise ConfigError(
-                "the workers were started on different runs",
-                got=f"rank {odd[0]} differs from rank 0"
-                + (f" in {', '.join(differ)}" if differ else ""),
-                remedy="give all of them the same model, data and settings; what is drawn at "
-                "random needs the same seed: call torch.manual_seed(...) before it",
-            )
+        refuse_unlike(self.comm, {**own, **own["settings"]})
 
     def _find_room(self) -> Room | None:
         """What the run takes in memory, and what it may take; None where that is not known."""
@@ -849,25 +794,6 @@ class GISTTrainer(SubnetTrainer):
             return default_memory_limit(self.device, free_memory(self.device) // sharing)
         assert isinstance(limit, int), "parsed by TrainConfig"
         return default_memory_limit(self.device, max(limit - memory_in_use(self.device), 0))
-
-
-def require_subnets(config: TrainConfig, workers: int) -> None:
-    """Refuses more workers than a run ever has subnets.
-
-    In a phase with fewer subnets than workers, the last ones wait.
-
-    Raises:
-        ConfigError: see above.
-    """
-    most = max(m for _, m in config.phases)
-    if most < workers:
-        raise ConfigError(
-            "more workers than subnets: some would have nothing to do",
-            got=f"{workers} workers, num_subnets={most}",
-            expected=f"at most {most} workers",
-            remedy="raise num_subnets, or start fewer workers; the whole model trains "
-            "on several with gist train --method data-parallel",
-        )
 
 
 def _recipe(config: GraphConfig) -> BatchRecipe:

@@ -85,7 +85,7 @@ def test_capacities_need_a_random_partition():
 
 def test_measured_capacities_are_kept_when_a_run_goes_on(tmp_path: Path, monkeypatch):
     def trainer(speed: float, **more: object) -> GISTTrainer:
-        monkeypatch.setattr("gist.trainer.measure_speed", lambda device: speed)
+        monkeypatch.setattr("gist.agreement.measure_speed", lambda device: speed)
         model = GCN(5, 8, 3, 2)
         return GISTTrainer(
             *(model, DATA),

@@ -9,8 +9,6 @@ from tests.workers.spawn import torchrun
 FEW = ("gcn", "sage concat", "gin batch cat", "gat 4", "gatv2 4", "files", "trainer")
 
 
-@pytest.mark.parametrize(
-    ("workers", "cases"), [pytest.param(1, FEW, marks=pytest.mark.slow), (2, ()), (3, ())]
-)
+@pytest.mark.parametrize(("workers", "cases"), [(1, FEW), (2, ()), (3, ())])
 def test_scores_are_exact_and_alike_within_limits_at_known_bytes(workers: int, cases):
     torchrun("spread.py", *cases, workers=workers, timeout=150)
