@@ -94,7 +94,7 @@ def estimate_costs(
     shape = data if isinstance(data, GraphShape) else GraphShape.of(data)
     there = [*model_tensors(model).values()]
     if isinstance(data, GraphData):
-        there += [data.x, data.y, data.edge_index]
+        there += data.tensors()
     counted = sum(t.nbytes for t in there if t.device.type == device.type)
     clusters = _clusters(graph_config)
     run = RunOnStage(

@@ -16,6 +16,7 @@ from gist.execution.allocator import GROWTH
 from gist.execution.comm import Comm
 from gist.execution.memory import free_memory, memory_in_use
 from gist.graph.inference import passes_messages
+from gist.graph.link_objective import LinkObjective
 from gist.graph.objective import GraphObjective
 from gist.graph.outline import OutlineObjective
 from gist.partition.spec import PartitionSpec, model_tensors
@@ -89,7 +90,7 @@ def find_room(
     if bound * GROWTH <= limit:
         return Room(needed=bound, limit=limit)
     data = objective.data
-    there = [data.x, data.y, data.edge_index, *model_tensors(model).values()]
+    there = [*data.tensors(), *model_tensors(model).values()]
     try:
         run = RunOnStage(
             model,
@@ -119,7 +120,7 @@ def _rough_bound(model: nn.Module, objective: GraphObjective) -> int:
     """More than a run takes: every tensor that it may ever make at once, and several times."""
     data = objective.data
     rows = data.num_nodes
-    if passes_messages(model):
+    if passes_messages(model) or isinstance(objective, LinkObjective):
         rows += data.num_edges
     tensors = model_tensors(model).values()
     columns = data.num_features + data.num_classes + sum(max(t.shape, default=0) for t in tensors)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gist.errors import DataError
+from gist.graph.dgl_graph import dgl_graph
 from gist.graph.sparse import CSR, SparseMatrix, product_work, sparse_if_worth_it
 
 _T = TypeVar("_T")
@@ -36,11 +37,13 @@ class Rows(NamedTuple):
         indptr: ``[T + 1]``: the edges of target ``i`` are ``indptr[i]`` to ``indptr[i + 1]``.
         indices: ``[E]`` sources; of the dtype of ``indptr``: int32 where that suffices.
         weight: ``[E]``, or None for an unweighted graph.
+        attr: ``[E, D]`` features of the edges, or None.
     """
 
     indptr: Tensor
     indices: Tensor
-    weight: Tensor | None
+    weight: Tensor | None = None
+    attr: Tensor | None = None
 
     def counts(self) -> Tensor:
         """``[T]``: edges that each target receives."""
@@ -54,17 +57,21 @@ class Rows(NamedTuple):
         total = int(indptr[-1])
         entries = torch.arange(total, dtype=indptr.dtype, device=indptr.device)
         entries += shift.repeat_interleave(counts, output_size=total)
-        weight = None if self.weight is None else self.weight.index_select(0, entries)
-        return Rows(indptr, self.indices.index_select(0, entries), weight)
+        return Rows(indptr, *self._entries(entries))
 
     def keep(self, kept: Tensor) -> Rows:
         """The same rows without the edges for which ``kept`` [E] is False."""
         before = torch.zeros(kept.numel() + 1, dtype=self.indptr.dtype, device=kept.device)
         torch.cumsum(kept, 0, dtype=before.dtype, out=before[1:])
         chosen = true_positions(kept)
-        weight = None if self.weight is None else self.weight.index_select(0, chosen)
-        indptr = before.index_select(0, self.indptr)
-        return Rows(indptr, self.indices.index_select(0, chosen), weight)
+        return Rows(before.index_select(0, self.indptr), *self._entries(chosen))
+
+    def _entries(self, chosen: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return (
+            self.indices.index_select(0, chosen),
+            None if self.weight is None else self.weight.index_select(0, chosen),
+            None if self.attr is None else self.attr.index_select(0, chosen),
+        )
 
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on ``device``."""
@@ -95,13 +102,18 @@ class Adjacency:
         edge_index: ``[2, E]`` int64, row 0 sources, row 1 targets. Order and duplicates are kept.
         num_nodes: ``N``.
         edge_weight: ``[E]`` floating point, or None for an unweighted graph.
+        edge_attr: ``[E, D]`` floating point features of the edges, or None.
 
     Raises:
         DataError: shapes or dtypes are wrong, or an endpoint is not in ``[0, N)``.
     """
 
     def __init__(
-        self, edge_index: Tensor, num_nodes: int, edge_weight: Tensor | None = None
+        self,
+        edge_index: Tensor,
+        num_nodes: int,
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
     ) -> None:
         if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.is_floating_point():
             raise DataError(
@@ -119,21 +131,15 @@ class Adjacency:
                     expected=f"0 to {num_nodes - 1}, since there are {num_nodes} nodes",
                     remedy="renumber the nodes, or pass features for all of them",
                 )
+        edges = edge_index.size(1)
         if edge_weight is not None:
-            if edge_weight.shape != edge_index.shape[1:] or not edge_weight.is_floating_point():
-                raise DataError(
-                    "edge_weight must be one floating-point number per edge",
-                    got=f"{edge_weight.dtype} of shape {tuple(edge_weight.shape)}",
-                    expected=f"float of shape ({edge_index.size(1)},)",
-                )
-            if not bool(torch.isfinite(edge_weight).all()):
-                raise DataError(
-                    "edge_weight holds NaN or infinite values",
-                    got=f"{int((~torch.isfinite(edge_weight)).sum())} of them",
-                    expected="finite weights",
-                )
+            _check_edge_values("edge_weight", edge_weight, (edges,))
+        if edge_attr is not None:
+            columns = max(edge_attr.size(-1), 1) if edge_attr.dim() else 1
+            _check_edge_values("edge_attr", edge_attr, (edges, columns))
         self.edge_index = edge_index.long()
         self.edge_weight = edge_weight
+        self.edge_attr = edge_attr
         self._start(int(num_nodes), int(num_nodes), edge_index.size(1))
 
     def _start(self, targets: int, nodes: int, edges: int) -> None:
@@ -141,6 +147,7 @@ class Adjacency:
         self._constants: Any = WeakIdKeyDictionary()
         self._matrices: dict[tuple[Form, torch.dtype], SparseMatrix] = {}
         self._scale: NodeScale | None = None
+        self._by_source = False
 
     @classmethod
     def from_csr(
@@ -148,10 +155,12 @@ class Adjacency:
         indptr: Tensor,
         indices: Tensor,
         weight: Tensor | None = None,
+        attr: Tensor | None = None,
         *,
         num_nodes: int | None = None,
         part_of: Adjacency | None = None,
         node_scale: NodeScale | None = None,
+        by_source: bool = False,
     ) -> Adjacency:
         """A graph whose compressed rows are known: nothing is sorted, copied or checked.
 
@@ -160,18 +169,20 @@ class Adjacency:
                 ``indptr[i + 1]``.
             indices: ``[E]`` sources, of the same dtype.
             weight: ``[E]`` floating point, or None.
+            attr: ``[E, D]`` floating point, or None.
             num_nodes: ``N``, where it is more than ``T``: then the targets are the first ``T``
                 nodes, as in PyG's bipartite layers.
             part_of: A graph of which this is an induced subgraph. What holds for every part of
                 it (symmetry, no self loops) is then not looked for again.
             node_scale: What normalises the rows in place of the graph's own degrees.
+            by_source: List the edges in order of source, then row, instead of row by row.
         """
         self = cls.__new__(cls)
         targets = indptr.numel() - 1
         nodes = targets if num_nodes is None else num_nodes
         self._start(targets, nodes, indices.numel())
-        self.rows = Rows(indptr, indices, weight)
-        self._scale = node_scale
+        self.rows = Rows(indptr, indices, weight, attr)
+        self._scale, self._by_source = node_scale, by_source
         if part_of is not None:
             self.is_symmetric = part_of.is_symmetric
             self.has_symmetric_pattern = part_of.has_symmetric_pattern
@@ -212,19 +223,62 @@ class Adjacency:
         """Whether the edges have weights."""
         return (self.edge_weight if "edge_weight" in vars(self) else self.rows.weight) is not None
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether ``edge_index`` is there, and need not be made of the rows."""
+        return "edge_index" in vars(self)
+
+    @property
+    def num_edge_features(self) -> int:
+        """``D``: columns of ``edge_attr``, 0 where the edges have no features."""
+        attr = self.edge_attr if "edge_attr" in vars(self) else self.rows.attr
+        return 0 if attr is None else attr.size(1)
+
     @cached_property
     def edge_index(self) -> Tensor:
         """``[2, E]`` int64: sources and targets."""
-        indptr, indices, _ = self.rows
-        targets = torch.arange(self.num_targets, device=self.device)
-        counts = indptr.diff()
-        repeated = targets.repeat_interleave(counts, output_size=self.num_edges)
-        return torch.stack([indices.long(), repeated])
+        indptr, indices = self._listed[:2]
+        owners = torch.arange(indptr.numel() - 1, device=self.device)
+        repeated = owners.repeat_interleave(indptr.diff(), output_size=self.num_edges)
+        ends = [indices.long(), repeated]
+        return torch.stack(ends[::-1] if self._by_source else ends)
 
     @cached_property
     def edge_weight(self) -> Tensor | None:
         """``[E]``, or None for an unweighted graph."""
-        return self.rows.weight
+        return self._listed.weight
+
+    @cached_property
+    def unweighted(self) -> Adjacency:
+        """The same edges without weights; itself where it has none."""
+        if not self.is_weighted:
+            return self
+        other = type(self).from_csr(*self.rows._replace(weight=None), num_nodes=self.num_nodes)
+        other.is_symmetric = other.has_symmetric_pattern = self.has_symmetric_pattern
+        other.has_self_loops = self.has_self_loops
+        return other
+
+    @cached_property
+    def edge_attr(self) -> Tensor | None:
+        """``[E, D]``, or None for a graph without edge features."""
+        return self._listed.attr
+
+    @cached_property
+    def _listed(self) -> Rows:
+        """The edges in the order of ``edge_index``: in rows or, by source, in columns."""
+        if not self._by_source:
+            return self.rows
+        indptr, indices, weight, attr = self.rows.to("cpu")
+        places = np.arange(self.num_edges, dtype=indices.numpy().dtype)
+        matrix = sp.csr_matrix(
+            (places, indices.numpy(), indptr.numpy()), shape=(self.num_targets, self.num_nodes)
+        ).tocsc()  # a stable sort by source in one pass
+        order = torch.from_numpy(matrix.data)
+        return Rows(
+            torch.from_numpy(matrix.indptr),
+            torch.from_numpy(matrix.indices),
+            *(None if t is None else t.index_select(0, order) for t in (weight, attr)),
+        ).to(self.device)
 
     @cached_property
     def rows(self) -> Rows:
@@ -236,19 +290,31 @@ class Adjacency:
         selects = (np.ones(self.num_edges, dtype=np.int8), targets.numpy().astype(kind), index)
         received = sp.csr_matrix(selects, shape=(self.num_edges, self.num_nodes)).tocsc()
         order = torch.from_numpy(received.indices)
-        weight = self.edge_weight
+        given = (self.edge_weight, self.edge_attr)
+        weight, attr = (None if t is None else t.cpu().index_select(0, order) for t in given)
         return Rows(
             torch.from_numpy(received.indptr),
             sources.index_select(0, order).to(order.dtype),
-            None if weight is None else weight.cpu().index_select(0, order),
+            weight,
+            attr,
         ).to(self.device)
+
+    @cached_property
+    def dgl(self) -> Any:
+        """The same graph as a ``DGLGraph``, its edges in the order of :attr:`rows`; bare of data.
+
+        Raises:
+            MissingDependencyError: DGL cannot be imported.
+        """
+        # int64, as DGL's own graphs are: models may look up nodes and edges by number.
+        return dgl_graph(self.rows.indptr.long(), self.rows.indices.long(), self.num_nodes)
 
     def to_scipy(self) -> sp.csr_matrix:
         """The ``T x N`` matrix with entry ``(target, source)``; weight 1 where none is given.
 
         A copy: what is done to it does not reach the graph.
         """
-        indptr, indices, weight = self.rows
+        indptr, indices, weight, _ = self.rows
         values = torch.ones(self.num_edges) if weight is None else weight
         arrays = tuple(tensor.cpu().numpy().copy() for tensor in (values, indices, indptr))
         return sp.csr_matrix(arrays, shape=(self.num_targets, self.num_nodes))
@@ -295,7 +361,7 @@ class Adjacency:
 
     @property
     def mean(self) -> SparseMatrix:
-        """``D^-1 A``: the mean over in-neighbours, edge weights ignored, as in GraphSAGE."""
+        """``D^-1 A``: the mean over in-neighbours, as in GraphSAGE, weighted if the edges are."""
         return self.matrix("mean")
 
     def matrix(self, form: Form, dtype: torch.dtype = torch.float32) -> SparseMatrix:
@@ -311,30 +377,26 @@ class Adjacency:
         """
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if (form, dtype) not in self._matrices:
-            build = self._gcn if form == "gcn" else self._unweighted
-            self._matrices[form, dtype] = build(form, dtype)
+            build = {"gcn": self._gcn, "mean": self._mean, "sum": self._sum}[form]
+            self._matrices[form, dtype] = build(dtype)
         return self._matrices[form, dtype]
 
     def node_scale(self, form: Form, dtype: torch.dtype) -> Tensor:
         """What normalises a form, ``[T]``: ``D^-1/2`` of ``A + I`` for gcn, ``D^-1`` for mean.
 
-        ``D`` counts what a node receives: the weights of its edges and its self loop (1 where it
-        has none) for gcn, the number of its edges for mean. A node without any gets 0 and 1.
+        ``D`` adds up what a node receives: the weights of its edges (1 each in an unweighted
+        graph), and for gcn of its self loop (1 where it has none). A node that receives nothing
+        gets 0 for gcn and 1 for mean.
         """
         if self._scale is not None:
             return self._scale(form, dtype).to(self.device)
         if form == "mean":
-            return self.rows.counts().clamp(min=1).to(dtype).reciprocal()
-        looped = self._looped
-        if looped.weight is None:
-            degree = looped.counts().to(dtype)
-        else:
-            weight = looped.weight.to(dtype)
-            degree = torch.segment_reduce(weight, "sum", offsets=looped.indptr.long(), initial=0)
-        scale = degree.rsqrt()
+            degree = _row_sums(self.rows, dtype)
+            return degree.masked_fill_(degree == 0, 1.0).reciprocal_()
+        scale = _row_sums(self._looped, dtype).rsqrt_()
         return scale.masked_fill_(scale == float("inf"), 0.0)
 
-    def _gcn(self, form: Form, dtype: torch.dtype) -> SparseMatrix:
+    def _gcn(self, dtype: torch.dtype) -> SparseMatrix:
         if not self.is_square:
             raise DataError(
                 "the symmetric normalisation of a GCN needs a graph whose nodes all receive",
@@ -353,7 +415,7 @@ class Adjacency:
     @cached_property
     def _looped(self) -> Rows:
         """The rows with exactly one self loop each, at the end: the last given one, or weight 1."""
-        rows, loop_weight = self.rows, None
+        rows, loop_weight = self.rows._replace(attr=None), None
         if rows.weight is not None:
             loop_weight = rows.weight.new_ones(self.num_nodes)
         if self.has_self_loops:
@@ -380,18 +442,25 @@ class Adjacency:
             return Rows(indptr, ended(rows.indices, nodes[:-1]), None)
         return Rows(indptr, ended(rows.indices, nodes[:-1]), ended(rows.weight, loop_weight))
 
-    def _unweighted(self, form: Form, dtype: torch.dtype) -> SparseMatrix:
-        indptr, indices, _ = self.rows
-        symmetric = self.has_symmetric_pattern
-        if form == "sum":
-            ones = torch.ones(self.num_edges, dtype=dtype, device=self.device)
-            return SparseMatrix(CSR(indptr, indices, ones, self.num_nodes), symmetric=symmetric)
+    def _sum(self, dtype: torch.dtype) -> SparseMatrix:
+        indptr, indices = self.rows[:2]
+        ones = torch.ones(self.num_edges, dtype=dtype, device=self.device)
+        rows = CSR(indptr, indices, ones, self.num_nodes)
+        return SparseMatrix(rows, symmetric=self.has_symmetric_pattern)
+
+    def _mean(self, dtype: torch.dtype) -> SparseMatrix:
+        indptr, indices, weight, _ = self.rows
         scale = self.node_scale("mean", dtype)
         values = scale.repeat_interleave(self.rows.counts(), output_size=self.num_edges)
-        columns = None
-        if symmetric:  # then (D^-1 A)^T = A D^-1 has the same pattern
-            columns = CSR(indptr, indices, scale.index_select(0, indices), self.num_nodes)
-        return SparseMatrix(CSR(indptr, indices, values, self.num_nodes), columns=columns)
+        if weight is not None:
+            values *= weight
+
+        def columns() -> CSR:  # of a symmetric A: (D^-1 A)^T = A D^-1 has the same pattern
+            values = scale.index_select(0, indices)
+            return CSR(indptr, indices, values if weight is None else values * weight, len(scale))
+
+        rows = CSR(indptr, indices, values, self.num_nodes)
+        return SparseMatrix(rows, columns=columns if self.is_symmetric else None)
 
     def remember(self, x: Tensor, forms: Iterable[Form] = ()) -> None:
         """Declares ``x`` constant: products with this very tensor are computed once and kept.
@@ -421,7 +490,7 @@ class Adjacency:
 
         Args:
             form: ``"identity"`` (the targets' own rows), ``"gcn"`` (:attr:`gcn`), ``"mean"``
-                (:attr:`mean`), or ``"sum"``: ``A`` with edge weights ignored, as in PyG's GIN.
+                (:attr:`mean`), or ``"sum"``: ``A`` with edge weights left out, as in PyG's GIN.
             x: ``[N, d]``. Returns ``[T, d]``.
         """
         if form == "identity":
@@ -489,14 +558,39 @@ class Adjacency:
             return self
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.__dict__.pop("_looped", None)
-        for name in ("edge_index", "edge_weight", "rows"):
+        for name in ("_looped", "_listed", "unweighted", "dgl"):
+            other.__dict__.pop(name, None)
+        for name in ("edge_index", "edge_weight", "edge_attr", "rows"):
             value = vars(self).get(name)
             if value is not None:
                 setattr(other, name, value.to(device))
         other._constants = WeakIdKeyDictionary()
         other._matrices = {key: matrix.to(device) for key, matrix in self._matrices.items()}
         return other
+
+
+def _check_edge_values(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses what is not one finite number, or one row of them, for every edge."""
+    if values.shape != shape or not values.is_floating_point():
+        raise DataError(
+            f"{name} must be one floating-point {'number' if len(shape) == 1 else 'row'} per edge",
+            got=f"{values.dtype} of shape {tuple(values.shape)}",
+            expected=f"float of shape {shape}" if len(shape) == 1 else f"float ({shape[0]}, D)",
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise DataError(
+            f"{name} holds NaN or infinite values",
+            got=f"{int((~torch.isfinite(values)).sum())} of them",
+            expected="finite values",
+        )
+
+
+def _row_sums(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """``[T]``: the sum of each row's weights, or the number of its edges."""
+    if rows.weight is None:
+        return rows.counts().to(dtype)
+    weight = rows.weight.to(dtype)
+    return torch.segment_reduce(weight, "sum", offsets=rows.indptr.long(), initial=0)
 
 
 def index_dtype(*sizes: int) -> type[np.signedinteger[Any]]:

@@ -42,7 +42,8 @@ class Attention(Blockwise):
 
     Of a layer that concatenates its heads, some columns may be computed apart. Their ``W_h`` is all
     that is needed, but for the scores: those of GAT are ``x_j · W_hᵀ a``, where ``W_hᵀ a`` [d] is a
-    sum over the columns of the head; those of GATv2 need the whole head.
+    sum over the columns of the head; those of GATv2 need the whole head. Features ``e`` of an edge
+    add ``e · W_ehᵀ a`` to the score of GAT, and ``W_eh e`` to what GATv2 scores.
 
     Args:
         conv: A ``GATConv`` or ``GATv2Conv``.
@@ -53,6 +54,8 @@ class Attention(Blockwise):
         add_up: Makes of one's own ``W_hᵀ a`` of all heads ``[2 H, d]`` the sum over all ranks; None
             where all columns are computed here.
         ranks: Which compute the other columns, and this one.
+        attr: Features of the edges, in the order of the matrix's entries; None where there are
+            none.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class Attention(Blockwise):
         columns: slice | None = None,
         add_up: Callable[[Tensor], Tensor] | None = None,
         ranks: int = 1,
+        attr: Tensor | None = None,
     ) -> None:
+        self.attr = attr
         self.conv, self.matrix, self.width = conv, matrix, width
         self.columns = columns or slice(0, conv.heads * conv.out_channels)
         self.add_up, self.ranks = add_up, ranks
@@ -99,6 +104,8 @@ class Attention(Blockwise):
     @property
     def _edge_bytes(self) -> int:
         vectors = 0 if self.folds else 2 * self.channels
+        if self.attr is not None:
+            vectors += 1 if self.folds else self.channels
         return 8 + (3 + vectors) * self.itemsize
 
     def _least(self, columns: int, heads: int = 1) -> int:
@@ -232,6 +239,12 @@ class Attention(Blockwise):
             source.touched(rows.stop - rows.start)
         return out.view(2, self.heads, -1)
 
+    def _edge_weight(self, head: int) -> Tensor:
+        """What a head multiplies features of edges with: ``[D]``, or ``[D, C]`` of GATv2."""
+        channels = slice(head * self.channels, (head + 1) * self.channels)
+        weight: Tensor = self.conv.lin_edge.weight[channels].t()
+        return weight @ self.conv.att_edge[0, head] if self.folds else weight
+
     def _attention(self, sources: Tensor, own: Tensor, head: int, rows: slice) -> CSR:
         """Some rows of ``A_h``: the softmax of the scores of their edges."""
         block = cut(self.matrix, rows)
@@ -239,6 +252,9 @@ class Attention(Blockwise):
         target = torch.repeat_interleave(counts, output_size=block.indices.numel())  # [e]
         scores = sources.index_select(0, block.indices)
         scores += own[rows].index_select(0, target)
+        if self.attr is not None:
+            entries = slice(int(self.matrix.indptr[rows.start]), int(self.matrix.indptr[rows.stop]))
+            scores += self.attr[entries] @ self._edge_weight(head)
         F.leaky_relu_(scores, self.conv.negative_slope)
         if not self.folds:
             scores = scores @ self.conv.att[0, head]

@@ -389,7 +389,7 @@ class Neighbourhood(Blockwise):
 
     def __init__(self, conv: Any, graph: Adjacency, like: Tensor) -> None:
         self.conv = conv
-        self.indptr, self.indices, _ = graph.rows
+        self.indptr, self.indices = graph.rows[:2]
         self.most_edges = int(self.indptr.diff().max())
         node = linear_bytes(lambda size: self._trial(like, size, 1), TRIAL)
         edge = linear_bytes(lambda size: self._trial(like, 1, size), TRIAL)

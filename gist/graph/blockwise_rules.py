@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.utils import add_self_loops, remove_self_loops
 
 from gist.graph.adjacency import Adjacency, Form
 from gist.graph.attention import Attention
@@ -108,7 +109,7 @@ def _gcn_matrix(conv: Any, graph: Adjacency, dtype: torch.dtype) -> CSR:
                 index, weight, graph.num_nodes, conv.improved, conv.add_self_loops, conv.flow, dtype
             )
         index = index.flip(0) if is_flipped(conv) else index
-        indptr, indices, weight = Adjacency(index, graph.num_nodes, weight).rows
+        indptr, indices, weight, _ = Adjacency(index, graph.num_nodes, weight).rows
         values = torch.ones_like(indices, dtype=dtype) if weight is None else weight
         if conv.aggr == "mean":
             counts = indptr.diff()
@@ -163,17 +164,36 @@ def blockwise_gin(conv: Any) -> Maker | None:
 
 @register_blockwise(pyg.GATConv, pyg.GATv2Conv)
 def blockwise_attention(conv: Any) -> Maker | None:
-    """Graph attention (Veličković et al., 2018; Brody et al., 2022) without edge features."""
+    """Graph attention (Veličković et al., 2018; Brody et al., 2022)."""
     if isinstance(conv.in_channels, tuple | list):
         return None
     if conv.aggr not in ("add", "sum") or is_flipped(conv):
-        return _one_hop(conv)
+        return None if conv.lin_edge is not None else _one_hop(conv)
 
     def make(graph: Adjacency, x: Tensor) -> Blockwise:
         pattern: Form = "gcn" if conv.add_self_loops else "sum"
-        return Attention(conv, graph.matrix(pattern, x.dtype).rows, x.size(1))
+        attr = _attention_attr(conv, graph)
+        return Attention(conv, graph.matrix(pattern, x.dtype).rows, x.size(1), attr=attr)
 
     return make
+
+
+def _attention_attr(conv: Any, graph: Adjacency) -> Tensor | None:
+    """Features of the edges that a layer attends over, in the order of its matrix."""
+    if conv.lin_edge is None or graph.rows.attr is None:
+        return None
+    if not conv.add_self_loops:
+        return graph.rows.attr
+
+    def build() -> Tensor:
+        by_row = Adjacency.from_csr(*graph.rows)
+        index, attr = remove_self_loops(by_row.edge_index, by_row.edge_attr)
+        index, attr = add_self_loops(index, attr, conv.fill_value, graph.num_nodes)
+        # The loops were added at the end; in the matrix each is the last entry of its row.
+        in_rows: Tensor = attr.index_select(0, torch.argsort(index[1], stable=True))
+        return in_rows
+
+    return _once(graph, ("attr", str(conv.fill_value)), build)
 
 
 def _one_hop(conv: Any) -> Maker | None:

@@ -5,6 +5,7 @@ Shape legend: ``N`` nodes, ``E`` directed edges, ``F`` features, ``C`` output co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import networkx as nx
@@ -13,9 +14,10 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
-from torch_geometric.utils import from_scipy_sparse_matrix
+from torch_geometric.utils import from_scipy_sparse_matrix, scatter
 
 from gist.errors import ConfigError, DataError
+from gist.graph.dgl_graph import import_dgl
 from gist.graph.metrics import METRICS, Task, one_of
 
 SPLITS = ("train", "val", "test")
@@ -53,6 +55,19 @@ def as_features(x: Any) -> Tensor:
     if features.is_complex() or isinstance(x, Tensor):
         return features
     return features.to(torch.get_default_dtype())
+
+
+def as_edge_values(what: str, values: Any, x: Tensor) -> Tensor | None:
+    """What edges carry, on the device of the features ``x`` and as exact as these; None for None.
+
+    Raises:
+        DataError: ``values`` is not a dense array of numbers; ``what`` names it in the message.
+    """
+    if values is None:
+        return None
+    tensor = as_tensor(what, values).to(x.device)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return tensor if tensor.is_complex() else tensor.to(kind)
 
 
 def as_mask(split: str, value: Any, num_nodes: int) -> Tensor:
@@ -142,10 +157,8 @@ def as_labels(
     return labels, task, num_classes
 
 
-def missing_reverses(
-    edge_index: Tensor, edge_weight: Tensor | None, num_nodes: int
-) -> tuple[Tensor, Tensor | None]:
-    """The edges to add so that each edge has a reverse of the same weight, duplicates counted.
+def missing_reverses(edge_index: Tensor, edge_weight: Tensor | None, num_nodes: int) -> Tensor:
+    """The edges to reverse so that each has a reverse of the same weight, duplicates counted.
 
     Args:
         edge_index: ``[2, E]`` endpoints in ``[0, N)``.
@@ -153,27 +166,28 @@ def missing_reverses(
         num_nodes: ``N``.
 
     Returns:
-        ``[2, K]`` edges and their weights ``[K]`` (None if unweighted), sorted by endpoints.
+        ``[K]`` positions in ``edge_index``, in the order of the reverses' endpoints.
     """
     if edge_index.numel() == 0:
-        return edge_index, edge_weight
+        return edge_index[0]
     source, target = edge_index.cpu().numpy()
     # how often an edge occurs among the reverses, less how often it occurs itself
     key = np.concatenate([source * num_nodes + target, target * num_nodes + source])
-    count = np.repeat([-1, 1], len(source))
-    weight = np.zeros(0) if edge_weight is None else np.tile(edge_weight.cpu().numpy(), 2)
-    order = np.argsort(key) if edge_weight is None else np.lexsort((weight, key))
-    key, count = key[order], count[order]
+    weight = None if edge_weight is None else np.tile(edge_weight.cpu().numpy(), 2)
+    # stable: within a group of equal edges the reverses, the second half, come last
+    order = np.argsort(key, kind="stable") if weight is None else np.lexsort((weight, key))
+    count = np.where(order < len(source), -1, 1)
+    key = key[order]
     new = key[1:] != key[:-1]
-    if edge_weight is not None:
+    if weight is not None:
         weight = weight[order]
         new |= weight[1:] != weight[:-1]
     starts = np.concatenate([[0], np.flatnonzero(new) + 1])
-    first = np.repeat(starts, np.maximum(np.add.reduceat(count, starts), 0))
-    missing = torch.from_numpy(np.stack(np.divmod(key[first], num_nodes))).to(edge_index.device)
-    if edge_weight is None:
-        return missing, None
-    return missing, torch.from_numpy(weight[first]).to(edge_weight.device)
+    lacking = np.maximum(np.add.reduceat(count, starts), 0)
+    ends = np.append(starts[1:], len(order))
+    within = np.arange(lacking.sum()) - np.repeat(np.cumsum(lacking) - lacking, lacking)
+    chosen = order[np.repeat(ends - lacking, lacking) + within] - len(source)
+    return torch.from_numpy(chosen).to(edge_index.device)
 
 
 def pyg_inputs(data: Data, split: int | None, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -200,9 +214,7 @@ def pyg_inputs(data: Data, split: int | None, overrides: dict[str, Any]) -> dict
         )
     for name in set(SPLITS) - set(overrides):
         found[name] = _column(name, found[name], split)
-    if "edge_weight" not in overrides:
-        found["edge_weight"] = pyg_weight(data)
-    return found
+    return {**pyg_edge_values(data), **found}
 
 
 def _column(name: str, mask: Any, split: int | None) -> Any:
@@ -224,25 +236,126 @@ def _column(name: str, mask: Any, split: int | None) -> Any:
     return mask[:, split or 0]
 
 
-def pyg_weight(data: Data) -> Any:
-    """Edge weights ``[E]`` of a ``Data``: ``edge_weight``, or a one-column ``edge_attr``; or None.
+def pyg_edge_values(data: Data) -> dict[str, Any]:
+    """``edge_weight`` [E] and ``edge_attr`` [E, D] of a ``Data``; None where it has none.
+
+    Without an ``edge_weight``, one column of ``edge_attr`` is one.
+    """
+    weight, attr = (getattr(data, name, None) for name in ("edge_weight", "edge_attr"))
+    if weight is None and isinstance(attr, Tensor) and attr.numel() == len(attr):
+        weight, attr = attr.reshape(-1), None
+    return {"edge_weight": weight, "edge_attr": attr}
+
+
+def ogb_inputs(dataset: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``GraphData.from_edges`` held by a dataset of OGB, unless overridden.
 
     Raises:
-        DataError: several features per edge.
+        DataError: no dataset of nodes of one homogeneous graph.
     """
-    weight = getattr(data, "edge_weight", None)
-    if weight is None:
-        weight = getattr(data, "edge_attr", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.size(1) == 1:
-            weight = weight[:, 0]
-        if isinstance(weight, Tensor) and weight.dim() != 1:
-            raise DataError(
-                "edge_attr holds edge features, which are not supported",
-                got=f"shape {tuple(weight.shape)}",
-                expected="one weight per edge",
-                remedy="pass edge_weight=..., or edge_weight=None to leave them out",
-            )
-    return weight
+    item = dataset[0] if hasattr(dataset, "get_idx_split") else None
+    if isinstance(item, Data):
+        edges, x, attr, y = item.edge_index, item.x, item.edge_attr, item.y
+    elif isinstance(item, tuple) and isinstance(item[0], dict) and "edge_index" in item[0]:
+        (graph, y), names = item, ("edge_index", "node_feat", "edge_feat")
+        edges, x, attr = (graph[name] for name in names)
+    elif isinstance(item, tuple) and hasattr(item[0], "ndata"):
+        graph, y = item
+        edges = torch.stack(graph.edges())
+        x, attr = graph.ndata.get("feat"), graph.edata.get("feat")
+    else:
+        raise DataError(
+            "from_ogb reads a dataset with one graph of one type, and labels of its nodes",
+            got=type(dataset).__name__,
+            expected="NodePropPredDataset, PygNodePropPredDataset or DglNodePropPredDataset of "
+            "ogb.nodeproppred",
+        )
+    edges, attr = as_tensor("edge_index", edges), attr if attr is None else as_tensor("attr", attr)
+    if x is None and attr is not None:
+        x = mean_of_edges(edges, attr, len(y))
+    split = dataset.get_idx_split()
+    task: Task = "multilabel" if y.shape[1] > 1 else "multiclass"
+    directed = overrides.get("directed", False)
+    given = {
+        "edge_index": edges,
+        "x": x,
+        "y": y,
+        "edge_attr": attr,
+        "train": split["train"],
+        "val": split["valid"],
+        "test": split["test"],
+        "task": task,
+        "num_classes": dataset.num_classes if task == "multiclass" else None,
+        "metric": {"acc": "accuracy", "rocauc": "roc_auc"}[dataset.eval_metric],
+        "symmetrize": not directed and dataset.meta_info["add_inverse_edge"] != "True",
+        "name": dataset.name,
+    }
+    return given | overrides
+
+
+def mean_of_edges(edge_index: Tensor, edge_attr: Tensor, num_nodes: int) -> Tensor:
+    """``[N, D]``: the mean of what the edges that a node receives carry; 0 where there are none."""
+    columns = (
+        scatter(column.double(), edge_index[1], dim_size=num_nodes, reduce="mean")
+        for column in edge_attr.unbind(dim=1)
+    )
+    return torch.stack(list(columns), dim=1).to(edge_attr.dtype)
+
+
+def dgl_inputs(
+    graph: Any, given: dict[str, Any], weight: str | None, edge_attr: str | None
+) -> dict[str, Any]:
+    """The arguments of ``GraphData.from_edges`` held by a ``DGLGraph``.
+
+    Args:
+        graph: One graph, with one type of nodes and of edges.
+        given: Entries of ``ndata`` by name, or arrays, by argument.
+        weight: The entry of ``edata`` with the weights, if there is one of that name.
+        edge_attr: The entry of ``edata`` with features of the edges, or None.
+
+    Raises:
+        MissingDependencyError: DGL cannot be imported.
+        DataError: no such graph, or entries that it lacks.
+    """
+    if not isinstance(graph, import_dgl().DGLGraph):
+        raise DataError(
+            "from_dgl reads one DGLGraph",
+            got=type(graph).__name__,
+            expected="dgl.DGLGraph",
+            remedy="pass dataset[0] of a dataset",
+        )
+    if graph.is_block or not graph.is_homogeneous:
+        raise DataError(
+            "from_dgl reads a whole graph with one type of nodes and one of edges",
+            got="a block of a sampled layer"
+            if graph.is_block
+            else f"node types {', '.join(graph.ntypes)}, edge types {', '.join(graph.etypes)}",
+            remedy="sample with batches=..."
+            if graph.is_block
+            else "dgl.to_homogeneous(g, ndata=[...]) where all nodes have the same features",
+        )
+    names = {key: name for key, name in given.items() if isinstance(name, str)}
+    if lacking := [key for key, name in names.items() if name not in graph.ndata]:
+        raise DataError(
+            f"the DGLGraph has no ndata {', '.join(repr(names[key]) for key in lacking)}",
+            got=f"entries {sorted(graph.ndata)}",
+            remedy=f"set it, or name another or pass arrays as "
+            f"{', '.join(f'{key}=' for key in lacking)}",
+        )
+    if edge_attr is not None and edge_attr not in graph.edata:
+        raise DataError(
+            f"the DGLGraph has no edata {edge_attr!r}", got=f"entries {sorted(graph.edata)}"
+        )
+    values = None if weight is None else graph.edata.get(weight)
+    if values is not None and values.dim() == 2 and values.size(1) == 1:
+        values = values[:, 0]
+    return {
+        **given,
+        **{key: graph.ndata[name] for key, name in names.items()},
+        "edge_index": torch.stack(graph.edges()),
+        "edge_weight": values,
+        "edge_attr": None if edge_attr is None else graph.edata[edge_attr],
+    }
 
 
 def scipy_edges(matrix: Any) -> tuple[Tensor, Tensor | None]:
@@ -264,32 +377,54 @@ def scipy_edges(matrix: Any) -> tuple[Tensor, Tensor | None]:
     return index, None if bool((weight == 1).all()) else weight
 
 
-def networkx_edges(graph: nx.Graph, weight: str | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Edges ``[2, E]`` and weights ``[E]``; node numbers follow the order of ``graph.nodes``.
+def networkx_edges(graph: nx.Graph) -> np.ndarray:
+    """Edges ``[2, E]``; node numbers follow the order of ``graph.nodes``.
 
-    An undirected edge gives both directions (a self loop one). Weights are None where no edge has
-    the attribute ``weight``.
-
-    Raises:
-        DataError: some edges have the attribute and others have not.
+    An undirected edge gives both directions, a self loop one.
     """
     number = {node: i for i, node in enumerate(graph.nodes)}
-    edges = list(graph.edges(data=weight)) if weight else [(u, v, None) for u, v in graph.edges()]
-    lacking = [(u, v) for u, v, w in edges if w is None]
-    if lacking and len(lacking) < len(edges):
+    pairs = [(number[u], number[v]) for u, v in graph.edges()]
+    index = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    if graph.is_directed():
+        return index
+    return np.concatenate([index, index[::-1, index[0] != index[1]]], axis=1)
+
+
+def networkx_edge_values(
+    graph: nx.Graph, name: str | None, *, required: bool = False
+) -> np.ndarray | None:
+    """The attribute ``name`` of every edge of :func:`networkx_edges`: ``[E]`` or ``[E, D]``.
+
+    None where ``name`` is None, or where no edge has the attribute and it is not required.
+
+    Raises:
+        DataError: edges without the attribute, or values of unequal shapes.
+    """
+    if name is None:
+        return None
+    edges = list(graph.edges(data=name))
+    lacking = [(u, v) for u, v, value in edges if value is None]
+    if lacking and (required or len(lacking) < len(edges)):
         raise DataError(
-            f"edges without the attribute {weight!r}",
+            f"edges without the attribute {name!r}",
             got=f"{len(lacking)} of {len(edges)}, first {lacking[0]}",
-            expected="a weight on every edge, or on none",
-            remedy="fill them in, or pass weight=None",
+            expected="it on every edge" if required else "a weight on every edge, or on none",
+            remedy="fill it in" if required else "fill them in, or pass weight=None",
         )
-    index = np.array([(number[u], number[v]) for u, v, _ in edges], dtype=np.int64).reshape(-1, 2).T
-    values = None if lacking or not edges else np.array([w for _, _, w in edges])
-    if not graph.is_directed():
-        twice = index[0] != index[1]
-        index = np.concatenate([index, index[::-1, twice]], axis=1)
-        values = None if values is None else np.concatenate([values, values[twice]])
-    return index, values
+    if lacking or not edges:
+        return None
+    values = _equal_shapes(f"the edge attribute {name!r}", (value for _, _, value in edges))
+    if graph.is_directed():
+        return values
+    twice = np.array([u != v for u, v, _ in edges])
+    return np.concatenate([values, values[twice]])
+
+
+def _equal_shapes(what: str, values: Iterable[Any]) -> np.ndarray:
+    try:
+        return np.array(list(values))
+    except ValueError as error:
+        raise DataError(f"{what} has unequal shapes", expected="one shape") from error
 
 
 def node_values(graph: nx.Graph, what: str, value: Any) -> Any:
@@ -308,9 +443,5 @@ def node_values(graph: nx.Graph, what: str, value: Any) -> Any:
             expected="the attribute on every node",
             remedy=f"set it with networkx.set_node_attributes, or pass an array as {what}=",
         )
-    try:
-        return np.array([attribute for _, attribute in graph.nodes(data=value)])
-    except ValueError as error:
-        raise DataError(
-            f"the node attribute {value!r} ({what}) has unequal shapes", expected="one shape"
-        ) from error
+    attributes = (attribute for _, attribute in graph.nodes(data=value))
+    return _equal_shapes(f"the node attribute {value!r} ({what})", attributes)

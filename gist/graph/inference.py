@@ -5,7 +5,6 @@ Shape legend: ``N`` nodes, ``E`` edges, ``F`` features, ``C`` classes.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from gist.errors import ConfigError
 from gist.graph.adjacency import Adjacency
 from gist.graph.clusters import ClusterSource
+from gist.graph.dgl_graph import takes_dgl_graph
+from gist.graph.edges import uses_edge_attr, uses_edge_weight
 from gist.graph.layerwise import Layerwise, layerwise_obstacle
 from gist.graph.live_bytes import linear_bytes
 from gist.modes import keeps_modes
@@ -167,16 +168,22 @@ def model_inputs(
     """Arguments of the model's forward pass.
 
     A model that says ``accepts_adjacency = True``, as those of :mod:`gist.nn` do, is given the
-    :class:`Adjacency`; any other ``edge_index``, as PyG's models are, and ``edge_weight`` where the
-    graph is weighted and the model has that argument.
+    :class:`Adjacency`. A model with layers of DGL is given a ``DGLGraph`` before ``x``, any other
+    ``edge_index``, as PyG's models are; both with ``edge_weight`` and ``edge_attr`` where the graph
+    has them and the model takes them.
     """
     if getattr(model, "accepts_adjacency", False):
         return (x, graph), {}
     assert isinstance(graph, Adjacency), "only models that accept an Adjacency sample layers"
-    weight = graph.edge_weight
-    if weight is not None and "edge_weight" in inspect.signature(model.forward).parameters:
-        return (x, graph.edge_index), {"edge_weight": weight}
-    return (x, graph.edge_index), {}
+    by_dgl = takes_dgl_graph(model)
+    carried: dict[str, Any] = {}
+    if graph.is_weighted and uses_edge_weight(model):
+        carried["edge_weight"] = graph.rows.weight if by_dgl else graph.edge_weight
+    if graph.num_edge_features and uses_edge_attr(model):
+        carried["edge_attr"] = graph.rows.attr if by_dgl else graph.edge_attr
+    if by_dgl:  # what a model writes on the graph does not stay there
+        return (graph.dgl.local_var(), x), carried
+    return (x, graph.edge_index), carried
 
 
 def forward(model: nn.Module, x: Tensor, graph: Adjacency | tuple[Adjacency, ...]) -> Tensor:
@@ -216,8 +223,10 @@ def _trial_graph(nodes: int, edges: int, like: Adjacency) -> Adjacency:
     sources = torch.arange(edges) % nodes
     targets = (sources + 1 + torch.arange(edges) // nodes % max(nodes - 1, 1)) % nodes
     index = torch.stack([sources, targets]).to(like.device)  # no self loops, even degrees
-    weight = None if like.edge_weight is None else like.edge_weight.new_ones(edges)
-    trial = Adjacency(index, nodes, weight)
+    weight = like.edge_weight.new_ones(edges) if like.edge_weight is not None else None
+    attr = like.edge_attr
+    attr = None if attr is None else attr.new_ones(edges, attr.size(1))
+    trial = Adjacency(index, nodes, weight, attr)
     for form in ("gcn", "mean", "sum"):
         trial.matrix(form, torch.float32)
         trial.matrix(form, torch.float64)

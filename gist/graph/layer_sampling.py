@@ -262,7 +262,7 @@ class LayerSource(BatchSource):
             sampled matrix between them.
         """
         whole = self._matrix
-        indptr, indices, values = Rows(whole.indptr, whole.indices, whole.values).take(targets)
+        indptr, indices, values, _ = Rows(whole.indptr, whole.indices, whole.values).take(targets)
         assert values is not None
         columns, column = torch.unique(indices, return_inverse=True)
         weights = self._weights(columns.long(), column, values, count, generator).to(values.dtype)

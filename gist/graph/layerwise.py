@@ -18,6 +18,7 @@ from gist.errors import ConfigError
 from gist.graph.adjacency import Adjacency
 from gist.graph.blockwise import ROWS, Blockwise, blocks, matmul_t
 from gist.graph.blockwise_rules import find_blockwise
+from gist.graph.edges import uses_edge_weight
 from gist.graph.hidden import Hidden
 from gist.graph.rowwise import CHUNK_BYTES, GraphNorm, RowFunction, Step, as_graph_norm, is_row_wise
 
@@ -180,6 +181,8 @@ class Layerwise:
     def __init__(self, model: Any, x: Tensor, graph: Adjacency) -> None:
         require_layerwise(model)
         self.model, self.x = model, x.contiguous()
+        if not uses_edge_weight(model):
+            graph = graph.unweighted
         self.layers: list[Layer] = []
         for index in range(model.num_layers):
             width = self.layers[-1].width if index else x.size(1)

@@ -6,14 +6,12 @@ Shape legend: ``n`` nodes of a batch, ``t`` of them with a loss.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -22,8 +20,9 @@ from torch_geometric.data import Batch, Data
 from gist.errors import ConfigError, DataError, MissingDependencyError
 from gist.graph.adjacency import Adjacency, true_positions
 from gist.graph.batch import BatchRecipe, BatchSource, GraphBatch
-from gist.graph.convert import pyg_weight
+from gist.graph.convert import as_edge_values, pyg_edge_values
 from gist.graph.data import GraphData
+from gist.graph.random_states import RandomStates
 from gist.partition.streams import stream_seed
 
 
@@ -57,9 +56,9 @@ class PyGLoader(BatchRecipe):
 
     Attributes:
         make_loader: Makes the loader, once, from the training graph: a ``Data`` on the CPU with
-            ``x``, ``edge_index``, ``edge_weight`` (of weighted graphs), ``y``, ``train_mask``,
-            ``val_mask`` and ``test_mask``. It may be any iterable of ``Data`` that can be iterated
-            over again.
+            ``x``, ``edge_index``, ``edge_weight`` and ``edge_attr`` if there are any, ``y``,
+            ``train_mask``, ``val_mask`` and ``test_mask``. It may be any iterable of ``Data`` that
+            can be iterated over again.
         steps_per_epoch: Batches of one pass, where the loader has no ``len``.
     """
 
@@ -151,10 +150,10 @@ class LoaderSource(BatchSource):
             self._indices.first = skipped = first
         if isinstance(generator := getattr(self.loader, "generator", None), torch.Generator):
             generator.manual_seed(stream_seed(*key))
-        with _RandomStates(stream_seed(*key)):
+        with RandomStates(stream_seed(*key)):
             items = iter(self.loader)
         for place in count(skipped):
-            with _RandomStates(stream_seed(*key, place)):
+            with RandomStates(stream_seed(*key, place)):
                 item = next(items, None)
             if item is None:
                 return
@@ -215,8 +214,11 @@ class LoaderSource(BatchSource):
         if not targets.numel():
             return None
         device = data.x.device
-        weight = pyg_weight(item)
-        graph = Adjacency(edges, x.size(0), None if weight is None else weight.to(x.dtype))
+        values = pyg_edge_values(item)
+        if data.edge_attr is not None:  # else one column is a weight
+            values = {name: getattr(item, name, None) for name in values}
+        carried = {name: as_edge_values(name, value, x) for name, value in values.items()}
+        graph = Adjacency(edges, x.size(0), **carried)
         x, graph = x.to(device), graph.to(device)
         graph.remember(x)
         y = y[targets.to(y.device)].to(device, data.y.dtype)
@@ -255,34 +257,11 @@ def _skippable(loader: Iterable[Data]) -> _Indices | None:
     return indices
 
 
-class _RandomStates:
-    """Global random states of torch (CPU), numpy and Python that hold only inside a ``with``."""
-
-    def __init__(self, seed: int) -> None:
-        self._own: tuple[Any, ...] = (
-            torch.Generator().manual_seed(seed).get_state(),
-            np.random.RandomState(seed % 2**32).get_state(),
-            random.Random(seed).getstate(),
-        )
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: Any) -> None:
-        self._swap()
-
-    def _swap(self) -> None:
-        outer = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
-        torch.set_rng_state(self._own[0])
-        np.random.set_state(self._own[1])  # noqa: NPY002
-        random.setstate(self._own[2])
-        self._own = outer
-
-
 def _pyg(data: GraphData) -> Data:
     data = data.to("cpu")
     masks = {f"{split}_mask": data.mask(split) for split in ("train", "val", "test")}
     out = Data(x=data.x, edge_index=data.edge_index, y=data.y, **masks)
-    if data.edge_weight is not None:
-        out.edge_weight = data.edge_weight
+    for name in ("edge_weight", "edge_attr"):
+        if (values := getattr(data, name)) is not None:
+            out[name] = values
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +21,8 @@ from gist.graph.batch import (
 from gist.graph.clusters import Cluster, ClusterSource
 from gist.graph.convert import SPLITS
 from gist.graph.data import GraphData
+from gist.graph.dgl_graph import needs_incoming_edges, takes_dgl_graph
+from gist.graph.edges import needs_edge_attr, uses_edge_attr, uses_edge_weight
 from gist.graph.inference import Inference, choose_inference, infer_on_clusters, model_inputs
 from gist.graph.layerwise import require_layerwise
 from gist.graph.metrics import compute_metric, is_defined, loss, mean_loss
@@ -35,9 +36,8 @@ class GraphObjective:
     """Batches of a graph, the loss over their targets, and metrics over the whole graph.
 
     A model is called as ``model(x, graph)``: with an :class:`Adjacency` where it says that it
-    takes one (``accepts_adjacency = True``, as :mod:`gist.nn` does), else as PyG models are, with
-    ``edge_index`` and, where the graph is weighted and the model has that argument,
-    ``edge_weight``.
+    takes one (``accepts_adjacency = True``, as :mod:`gist.nn` does), else as PyG models are: see
+    :func:`~gist.graph.inference.model_inputs`.
 
     Args:
         data: The graph.
@@ -94,11 +94,13 @@ class GraphObjective:
         """The ``steps`` batches of one subnet in one round."""
         return self.source.batches(seed=seed, round=round, subnet=subnet, steps=steps)
 
+    def largest_batch(self) -> GraphBatch:
+        """The largest batch there may be, or where that is not known, one of those there are."""
+        return self.source.largest_batch()
+
     def loss(self, model: nn.Module, batch: GraphBatch) -> Tensor:
         """Mean loss over the targets: a scalar, or ``[m]`` for ``m`` stacked subnets."""
-        scores = self.scores(model, batch.x, batch.graph)
-        if batch.targets is not None:
-            scores = scores[batch.targets]
+        scores = batch.outputs(self.scores(model, batch.x, batch.graph))
         return loss(self.data.task, scores, batch.y)
 
     def scores(
@@ -179,10 +181,12 @@ class GraphObjective:
         target = torch.cat([nodes.roll(1), nodes.roll(7), nodes[::3].roll(5)])
         index = torch.cat([torch.stack([source, target]), torch.stack([target, source])], dim=1)
         features = torch.randn(_SAMPLE_NODES, x.size(1), generator=generator).to(x)
-        weight = self.data.edge_weight
+        weight, attr = self.data.edge_weight, self.data.edge_attr
         if weight is not None:
             weight = torch.rand(source.numel(), generator=generator).repeat(2).to(weight)
-        graph = Adjacency(index.to(x.device), _SAMPLE_NODES, weight)
+        if attr is not None:
+            attr = torch.randn(index.size(1), attr.size(1), generator=generator).to(attr)
+        graph = Adjacency(index.to(x.device), _SAMPLE_NODES, weight, attr)
         return self.inputs(model, features, graph)
 
     def check(self, model: nn.Module) -> None:
@@ -197,29 +201,62 @@ class GraphObjective:
         self._check_graph(model)
         self._check_caches(model)
         self.source.check(model)
+        self._check_isolated(model)
         if self.evaluation == "layerwise":
             require_layerwise(model)
         args, keywords = self.sample_inputs(model)
         try:
             with torch.no_grad(), keeps_modes(model), without_caches(model):
                 out = model.eval()(*args, **keywords)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except Exception as error:  # a forward pass of the user's may raise anything
+            arguments = "(graph, x)" if takes_dgl_graph(model) else "(x, edge_index)"
             raise PartitionError(
                 f"{type(model).__name__} cannot run on this data",
-                got=str(error).splitlines()[0],
-                expected=f"a model of (x, edge_index) that takes {data.num_features} "
-                f"features of {data.x.dtype}",
+                got=(str(error) or type(error).__name__).splitlines()[0],
+                expected=f"a model of {arguments} that takes {data.num_features} features of "
+                f"{data.x.dtype}",
             ) from error
         if not isinstance(out, Tensor):
             raise PartitionError(
                 f"{type(model).__name__} must put out one tensor", got=type(out).__name__
             )
-        if tuple(out.shape) != (_SAMPLE_NODES, data.num_classes):
+        self._check_width(model, out)
+
+    def _check_width(self, model: nn.Module, out: Tensor) -> None:
+        """Refuses scores of the sample's nodes that are not those of the classes."""
+        if tuple(out.shape) != (_SAMPLE_NODES, self.data.num_classes):
             raise PartitionError(
                 f"{type(model).__name__} puts out another width than the data needs",
                 got=f"{tuple(out.shape[1:])} per node",
-                expected=f"{data.num_classes} (data.num_classes)",
+                expected=f"{self.data.num_classes} (data.num_classes)",
                 remedy="build the model with out_channels=data.num_classes",
+            )
+
+    def _check_isolated(self, model: nn.Module) -> None:
+        """Refuses nodes that receive no edge, or may receive none in a batch, where DGL would."""
+        layers = [name for name, module in model.named_modules() if needs_incoming_edges(module)]
+        if not layers:
+            return
+        graph, batches = self.data.adjacency, self.source
+        if isinstance(batches, FullGraphSource) and not self.inductive:
+            what, expected = "nodes without an edge into them", "an edge into every node"
+            isolated = graph.rows.counts() == 0
+        else:
+            what, expected = "nodes that a batch may leave without an edge", "a self loop at each"
+            source, target = graph.edge_index
+            isolated = torch.ones(graph.num_nodes, dtype=torch.bool, device=graph.device)
+            isolated[source[source == target]] = False
+        if not (isinstance(batches, FullGraphSource | ClusterSource) or bool(isolated.any())):
+            seen = batches.largest_batch().graph  # a loader may leave out self loops
+            if isinstance(seen, Adjacency):
+                what, isolated = "nodes of a batch without an edge", seen.rows.counts() == 0
+        if bool(isolated.any()):
+            layer = type(model.get_submodule(layers[0])).__name__
+            raise DataError(
+                f"there are {what}, and {layers[0]}, a {layer}, refuses such nodes",
+                got=f"{int(isolated.sum()):,}, first node {int(isolated.nonzero()[0])}",
+                expected=expected,
+                remedy="dgl.add_self_loop(g), or layers with allow_zero_in_degree=True",
             )
 
     def _check_caches(self, model: nn.Module) -> None:
@@ -244,17 +281,32 @@ class GraphObjective:
                 got="a graph declared directed",
                 remedy="build the GraphData with symmetrize=True, or use GraphSAGE or GAT",
             )
-        if data.edge_weight is None:
-            return
-        if symmetric and bool((data.edge_weight < 0).any()):
+        if data.edge_weight is not None:
+            if not uses_edge_weight(model):
+                raise DataError(
+                    f"{name} does not use edge weights, but the graph has them",
+                    remedy="drop them (edge_weight=None), or use a GCN or gist.nn.GraphSAGE",
+                )
+            if bool((data.edge_weight < 0).any()) and (symmetric or _takes_means(model)):
+                raise DataError(
+                    f"{name} needs edge weights of at least 0: it divides by their sums",
+                    got=f"a smallest weight of {float(data.edge_weight.min()):g}",
+                    remedy="shift the weights, or drop them",
+                )
+        if data.edge_attr is None and needs_edge_attr(model):
             raise DataError(
-                f"{name} needs edge weights of at least 0: GCNConv divides by root degrees",
-                got=f"a smallest weight of {float(data.edge_weight.min()):g}",
-                remedy="shift the weights, or drop them",
+                f"{name} has weights for features of edges, but the graph has no such features",
+                remedy="give edge_attr, or build the model without edge_dim",
             )
-        parameters = inspect.signature(model.forward).parameters
-        if not getattr(model, "supports_edge_weight", "edge_weight" in parameters):
+        if data.edge_attr is not None and not uses_edge_attr(model):
+            columns = data.edge_attr.size(1)
             raise DataError(
-                f"{name} does not use edge weights, but the graph has them",
-                remedy="drop them (edge_weight=None), or use a GCN",
+                f"{name} does not use features of edges, but the graph has them",
+                got=f"edge_attr with {columns} columns",
+                remedy=f"drop them (edge_attr=None), or use a GAT with edge_dim={columns}, such as "
+                f"gist.nn.GAT(..., v2=True, edge_dim={columns})",
             )
+
+
+def _takes_means(model: nn.Module) -> bool:
+    return any(getattr(module, "form", None) == "mean" for module in model.modules())

@@ -19,9 +19,8 @@ from torch import Tensor
 from gist.errors import ConfigError
 from gist.graph.adjacency import Adjacency, Form, index_dtype
 from gist.graph.batch import GraphBatch
-from gist.graph.cards import load_card
 from gist.graph.data import GraphData
-from gist.graph.datasets import load_dataset
+from gist.graph.datasets import find_card, is_kept, load_dataset
 from gist.graph.generate import csbm
 from gist.graph.metrics import METRICS, Metric, Task
 from gist.graph.objective import GraphObjective
@@ -44,6 +43,8 @@ class GraphShape:
         task: Kind of labels.
         metric: What is reported; None for the default of the task.
         weighted: Whether edges have weights.
+        num_edge_features: Columns of ``edge_attr``; 0 for none.
+        listed: Whether the edges are there as an ``edge_index`` too, beside their rows.
         dtype: Of the features.
         name: For reports.
 
@@ -59,11 +60,14 @@ class GraphShape:
     task: Task = "multiclass"
     metric: Metric | None = None
     weighted: bool = False
+    num_edge_features: int = 0
+    listed: bool = True
     dtype: torch.dtype = torch.float32
     name: str = "graph"
 
     def __post_init__(self) -> None:
         least = {"num_nodes": 1, "num_edges": 0, "num_features": 1, "num_classes": 1}
+        least["num_edge_features"] = 0
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -81,13 +85,15 @@ class GraphShape:
             task=data.task,
             metric=data.metric,
             weighted=data.adjacency.is_weighted,
+            num_edge_features=data.adjacency.num_edge_features,
+            listed=data.adjacency.is_listed,
             dtype=data.x.dtype,
             name=data.name,
         )
 
     @classmethod
     def of_dataset(cls, name: str, options: Mapping[str, Any] | None = None) -> GraphShape:
-        """The sizes of a dataset, from its card; it need not be there.
+        """The sizes of a dataset, from its card; it need not be there. A saved graph is opened.
 
         Args:
             name: As for :func:`~gist.graph.datasets.load_dataset`.
@@ -98,7 +104,10 @@ class GraphShape:
             ConfigError: an unknown dataset or option.
             DataError: data that has to be loaded is not there.
         """
-        card, options = load_card(name), dict(options or {})
+        options = dict(options or {})
+        card = find_card(name, options)
+        if card is None:
+            return cls.of(load_dataset(name))
         shape = cls(
             num_nodes=card.nodes,
             num_edges=card.edges,
@@ -107,9 +116,11 @@ class GraphShape:
             train_nodes=card.split.train,
             task=card.task,
             metric=card.metric,
+            num_edge_features=card.edge_features if options.get("edge_features", True) else 0,
+            listed=not is_kept(card),
             name=card.name,
         )
-        if not options.keys() - {"normalize_features"}:
+        if not options.keys() - {"normalize_features", "edge_features"}:
             return shape
         known = inspect.signature(csbm).parameters
         if card.name != "csbm" or options.keys() - known.keys():
@@ -139,7 +150,8 @@ class GraphShape:
     def num_bytes(self) -> int:
         """Features, labels and edges in memory, as a batch source keeps them."""
         row = self.num_features * self.dtype.itemsize + 24
-        return self.num_nodes * row + 4 * self.num_edges * (2 if self.weighted else 1)
+        edge = 4 * (1 + self.weighted) + self.num_edge_features * self.dtype.itemsize
+        return self.num_nodes * row + self.num_edges * edge
 
     @property
     def training_nodes(self) -> int:
@@ -157,24 +169,48 @@ class OutlineGraph(Adjacency):
 
     @classmethod
     def of_size(
-        cls, targets: int, nodes: int, edges: int, *, weighted: bool, device: torch.device
+        cls,
+        targets: int,
+        nodes: int,
+        edges: int,
+        *,
+        weighted: bool,
+        num_edge_features: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> OutlineGraph:
         """A graph with ``edges`` edges from ``nodes`` nodes to the first ``targets`` of them."""
         kind = torch.int32 if index_dtype(edges, nodes) is np.int32 else torch.int64
         indptr = torch.empty(targets + 1, dtype=kind, device=device)
         indices = torch.empty(edges, dtype=kind, device=device)
         weight = torch.empty(edges, device=device) if weighted else None
-        graph = cls.from_csr(indptr, indices, weight, num_nodes=nodes)
+        attr = None
+        if num_edge_features:
+            attr = torch.empty(edges, num_edge_features, dtype=dtype, device=device)
+        graph = cls.from_csr(indptr, indices, weight, attr, num_nodes=nodes)
         assert isinstance(graph, OutlineGraph)
         graph.is_symmetric = graph.has_symmetric_pattern = graph.is_square
         graph.has_self_loops = False
         return graph
 
     @classmethod
-    def like(cls, graph: Adjacency) -> OutlineGraph:
-        """A graph of the sizes of another one."""
-        sizes = (graph.num_targets, graph.num_nodes, graph.num_edges)
-        return cls.of_size(*sizes, weighted=graph.is_weighted, device=graph.device)
+    def like(cls, graph: Adjacency, dtype: torch.dtype) -> OutlineGraph:
+        """A graph of the sizes of another one, for features of this dtype."""
+        return cls.of_size(
+            graph.num_targets,
+            graph.num_nodes,
+            graph.num_edges,
+            weighted=graph.is_weighted,
+            num_edge_features=graph.num_edge_features,
+            dtype=dtype,
+            device=graph.device,
+        )
+
+    def matrix(self, form: Form, dtype: torch.dtype = torch.float32) -> SparseMatrix:
+        """As of its parent, together with the transpose that a backward pass needs and keeps."""
+        found = super().matrix(form, dtype)
+        assert found.columns is not None
+        return found
 
     def _kept(self, form: Form, x: Tensor) -> Tensor | SparseMatrix:
         return self._once((form, False), x, self._product)
@@ -184,9 +220,16 @@ def outline_data(shape: GraphShape, device: torch.device) -> GraphData:
     """A graph of these sizes, unchecked: under a mode without memory it takes none."""
     nodes = shape.num_nodes
     graph = OutlineGraph.of_size(
-        nodes, nodes, shape.num_edges, weighted=shape.weighted, device=device
+        nodes,
+        nodes,
+        shape.num_edges,
+        weighted=shape.weighted,
+        num_edge_features=shape.num_edge_features,
+        dtype=shape.dtype,
+        device=device,
     )
-    graph.edge_index = torch.empty(2, shape.num_edges, dtype=torch.int64, device=device)
+    if shape.listed:
+        graph.edge_index = torch.empty(2, shape.num_edges, dtype=torch.int64, device=device)
     data = GraphData.__new__(GraphData)
     masks = {
         f"{split}_mask": torch.empty(nodes, dtype=torch.bool, device=device)
@@ -219,10 +262,11 @@ def _labels(shape: GraphShape, count: int, device: torch.device) -> Tensor:
 def outline_batch(batch: GraphBatch) -> GraphBatch:
     """A batch of the sizes of another one."""
     graphs = batch.graph if isinstance(batch.graph, tuple) else (batch.graph,)
-    outlines = tuple(OutlineGraph.like(graph) for graph in graphs)
+    outlines = tuple(OutlineGraph.like(graph, batch.x.dtype) for graph in graphs)
     x = torch.empty_like(batch.x)
     outlines[0].remember(x)
-    return GraphBatch(
+    return replace(
+        batch,
         x=x,
         graph=outlines if isinstance(batch.graph, tuple) else outlines[0],
         y=torch.empty_like(batch.y),
@@ -294,13 +338,15 @@ class OutlineObjective(GraphObjective):
         """
         data, device = objective.data, objective.data.x.device
         shape, steps = GraphShape.of(data), objective.steps_per_epoch
-        first, kept = objective.source.largest_batch(), objective.source.kept_bytes
+        first, kept = objective.largest_batch(), objective.source.kept_bytes
 
         def make() -> OutlineObjective:
             outline = outline_data(shape, device)
+            batch = outline_batch(first)
             if first.x is data.x:
-                return cls(outline, _step_on(outline, len(first.y)), steps)
-            return cls(outline, outline_batch(first), steps, kept)
+                whole = replace(batch, x=outline.x, graph=outline.adjacency)
+                return cls(outline, whole, steps)
+            return cls(outline, batch, steps, kept)
 
         return make
 

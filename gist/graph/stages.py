@@ -123,8 +123,11 @@ def sage_stages(conv: Any) -> list[ConvStage] | None:
 
 @register_stages(pyg.GATConv, pyg.GATv2Conv)
 def attention_stages(conv: Any) -> list[ConvStage] | None:
-    """One, if heads are concatenated. GATv2 needs a head whole, GAT a number for each input."""
-    single = not isinstance(conv.in_channels, tuple | list)
+    """One, if heads are concatenated. GATv2 needs a head whole, GAT a number for each input.
+
+    With features of edges there is none.
+    """
+    single = not isinstance(conv.in_channels, tuple | list) and conv.lin_edge is None
     if not (single and conv.concat and conv.aggr in ("add", "sum")) or is_flipped(conv):
         return None
     folds = isinstance(conv, pyg.GATConv)

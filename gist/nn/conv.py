@@ -30,6 +30,23 @@ Graph = Adjacency | Tensor
 """An :class:`Adjacency`, or whatever PyG's layers take as ``edge_index``."""
 
 
+def _weighted(edges: Graph, weight: Tensor | None, x: Tensor) -> Adjacency:
+    """The graph with its weights, which an :class:`Adjacency` has already.
+
+    Raises:
+        DataError: they are given twice.
+    """
+    if not isinstance(edges, Adjacency):
+        return Adjacency(edges, x.size(0), weight)
+    if weight is not None:
+        raise DataError(
+            "edge weights are given twice",
+            got="an Adjacency and edge_weight",
+            remedy="put the weights into the Adjacency",
+        )
+    return edges
+
+
 class GCNConv(pyg.GCNConv):  # type: ignore[misc]  # PyG is untyped
     """``Â X Wᵀ + b`` (Kipf & Welling, 2017), with ``Â`` from the adjacency where one is given.
 
@@ -54,13 +71,7 @@ class GCNConv(pyg.GCNConv):  # type: ignore[misc]  # PyG is untyped
         if not isinstance(edge_index, Adjacency):
             out = super().forward(x, edge_index, edge_weight)
             return out
-        if edge_weight is not None:
-            raise DataError(
-                "edge weights are given twice",
-                got="an Adjacency and edge_weight",
-                remedy="put the weights into the Adjacency",
-            )
-        graph = edge_index
+        graph = _weighted(edge_index, edge_weight, x)
         if self.form is None:
             out = super().forward(x, graph.edge_index, graph.edge_weight)
             return out
@@ -73,7 +84,8 @@ class GCNConv(pyg.GCNConv):  # type: ignore[misc]  # PyG is untyped
 class SAGEConv(pyg.SAGEConv):  # type: ignore[misc]  # PyG is untyped
     """``W_r x_i + W_l mean_j x_j + b`` (Hamilton et al., 2017).
 
-    Takes the arguments of :class:`torch_geometric.nn.SAGEConv`.
+    Takes the arguments of :class:`torch_geometric.nn.SAGEConv`. On weighted edges, which PyG's does
+    not take, the mean is ``Σ_j w_ij x_j / Σ_j w_ij``.
 
     Shapes:
         ``x`` [N, in_channels] -> [N, out_channels].
@@ -85,16 +97,28 @@ class SAGEConv(pyg.SAGEConv):  # type: ignore[misc]  # PyG is untyped
         plain = self.aggr == "mean" and self.flow == "source_to_target" and not self.project
         return "mean" if plain else None
 
-    def forward(self, x: Tensor, edge_index: Graph, size: Any = None) -> Tensor:
-        """Convolves ``x`` over the graph."""
+    def forward(
+        self, x: Tensor, edge_index: Graph, size: Any = None, edge_weight: Tensor | None = None
+    ) -> Tensor:
+        """Convolves ``x`` over the graph; edge weights are part of an adjacency.
+
+        Raises:
+            DataError: weights for an aggregation other than the mean, or given twice.
+        """
         # PyG reads the signature of its message passing from the next comment.
         # propagate_type: (x: OptPairTensor)
         out: Tensor
-        graph = edge_index
-        if not isinstance(graph, Adjacency):
-            out = super().forward(x, graph, size)
+        if not isinstance(edge_index, Adjacency) and edge_weight is None:
+            out = super().forward(x, edge_index, size)
             return out
+        graph = _weighted(edge_index, edge_weight, x)
         if self.form is None:
+            if graph.is_weighted:
+                raise DataError(
+                    "SAGEConv takes edge weights for a mean alone",
+                    got=f"aggr={self.aggr!r}, project={self.project}, flow={self.flow!r}",
+                    remedy="use aggr='mean', or drop the weights",
+                )
             out = super().forward(x, graph.edge_index, size)
             return out
         weight, bias = self.lin_l.weight, self.lin_l.bias
@@ -111,7 +135,8 @@ class SAGEConv(pyg.SAGEConv):  # type: ignore[misc]  # PyG is untyped
 class SAGEConcatConv(nn.Module):
     """``W [x_i, mean_j x_j] + b``: GraphSAGE as in the GIST paper, with one weight.
 
-    A hidden unit owns two columns of the next layer's weight: its own and its neighbourhood's.
+    On weighted edges the mean is ``Σ_j w_ij x_j / Σ_j w_ij``. A hidden unit owns two columns of the
+    next layer's weight: its own and its neighbourhood's.
 
     Args:
         in_channels: Width of the input.
@@ -133,11 +158,9 @@ class SAGEConcatConv(nn.Module):
         """Draws new parameters."""
         self.lin.reset_parameters()
 
-    def forward(self, x: Tensor, edge_index: Graph) -> Tensor:
-        """Convolves ``x`` over the graph."""
-        graph = edge_index
-        if not isinstance(graph, Adjacency):
-            graph = Adjacency(graph, x.size(0))
+    def forward(self, x: Tensor, edge_index: Graph, edge_weight: Tensor | None = None) -> Tensor:
+        """Convolves ``x`` over the graph; edge weights are part of an adjacency."""
+        graph = _weighted(edge_index, edge_weight, x)
         if graph.is_constant(x):
             own, neighbours = torch.split(self.lin.weight, self.in_channels, dim=1)
             out = graph.project("mean", x, neighbours, self.lin.bias)

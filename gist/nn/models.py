@@ -10,6 +10,7 @@ from torch_geometric.nn.resolver import normalization_resolver
 
 from gist.errors import ConfigError
 from gist.graph.adjacency import Adjacency
+from gist.graph.edges import uses_edge_attr
 from gist.graph.layerwise import register_composition
 from gist.nn.conv import GCNConv, Graph, SAGEConcatConv, SAGEConv
 from gist.nn.dropout import Dropout
@@ -164,6 +165,11 @@ class GraphSAGE(_Layered, zoo.GraphSAGE):  # type: ignore[misc]  # PyG is untype
 
     accepts_adjacency = True
 
+    @property
+    def supports_edge_weight(self) -> bool:  # a constant in PyG
+        """Whether all of its convolutions take a mean, which may be weighted."""
+        return all(conv.form is not None for conv in self.convs)
+
     def __init__(
         self,
         in_channels: int,
@@ -216,7 +222,8 @@ class GAT(zoo.GAT):  # type: ignore[misc]  # PyG is untyped
         units: What a subnet is dealt: ``"channels"`` within every head, or whole ``"heads"``.
         dropout: Probability after every hidden layer and on attention weights.
         norm: As for :class:`GCN`.
-        **kwargs: Further arguments of :class:`torch_geometric.nn.models.GAT`.
+        **kwargs: Further arguments of :class:`torch_geometric.nn.models.GAT`; ``edge_dim=D`` for
+            graphs whose edges have ``D`` features, which attention then depends on.
 
     Shapes:
         ``x`` [N, in_channels] -> [N, out_channels].
@@ -264,6 +271,8 @@ class GAT(zoo.GAT):  # type: ignore[misc]  # PyG is untyped
                 remedy="use clusters, or a GCN or GraphSAGE of gist.nn",
             )
         if isinstance(edge_index, Adjacency):
+            if uses_edge_attr(self):
+                kwargs["edge_attr"] = edge_index.edge_attr
             edge_index = edge_index.edge_index
         out: Tensor = super().forward(x, edge_index, *args, **kwargs)
         return out

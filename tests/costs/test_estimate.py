@@ -82,7 +82,7 @@ def test_sizes_are_those_of_the_graph_the_model_and_its_subnets():
     # The bias of the output belongs to every subnet, that of a hidden unit to its holder.
     assert costs.parameters_per_subnet == entries(D // 8)
     assert plan(num_subnets=1).parameters_per_subnet == entries(D)
-    assert plan(num_subnets=100).parameters_per_subnet == entries(6), "512 = 12 x 6 + 88 x 5"
+    assert plan(num_subnets=12).parameters_per_subnet == entries(43), "512 = 8 x 43 + 4 x 42"
 
 
 def test_items_of_known_size_have_it():

@@ -76,7 +76,8 @@ def test_a_real_round_has_as_many_bytes_alive(name, executor):
     trainer = GISTTrainer(
         MODELS[name](), DATA, executor=executor, num_subnets=4, rounds=3, local_steps=2
     )
-    trainer.evaluate()  # makes what the graph keeps
+    trainer.evaluate()  # makes what the graph keeps, but for
+    assert all(matrix.columns for matrix in DATA.adjacency._matrices.values())
     runs, plan = executor_of(trainer), trainer.rounds[0]
     with LiveBytes() as live:
         runs.run_round(plan, trainer.assign(plan))

@@ -112,7 +112,7 @@ def test_what_a_symmetric_graph_knows_is_its_transpose(graph):
     for form in FORMS:
         matrix = graph.matrix(form, torch.float64)
         assert torch.allclose(dense(matrix.columns), dense(matrix.rows).T), form
-        free = graph.is_symmetric if form == "gcn" else graph.has_symmetric_pattern
+        free = graph.has_symmetric_pattern if form == "sum" else graph.is_symmetric
         assert (matrix.columns.indices is matrix.rows.indices) == free, form
 
 
@@ -130,7 +130,7 @@ def test_a_weight_of_zero_without_a_reverse_is_symmetric_in_value_alone():
     graph = Adjacency(torch.tensor([[0], [1]]), 2, torch.tensor([0.0]))
     assert graph.is_symmetric
     assert not graph.has_symmetric_pattern
-    assert graph.mean.columns.indices.tolist() == [1]
+    assert torch.equal(dense(graph.mean.columns), torch.zeros(2, 2))
 
 
 @given(graph=graphs(), data=st.data())
@@ -264,7 +264,7 @@ def test_another_device_takes_everything_along():
     moved = graph.to("meta")
     assert moved.device.type == "meta"
     assert {moved.edge_index.device.type, moved.edge_weight.device.type} == {"meta"}
-    assert {tensor.device.type for tensor in moved.rows} == {"meta"}
+    assert {tensor.device.type for tensor in moved.rows[:3]} == {"meta"}
     assert moved.gcn.rows.values.device.type == "meta"
     assert moved.is_symmetric
     assert graph.device.type == "cpu"

@@ -121,7 +121,7 @@ def test_clusters_without_edges_between_them_are_exact(sizes, q):
     )
     recipe = Cluster(num_parts=len(sizes), parts_per_batch=min(q, len(sizes)), method="random")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gist.graph.clusters.cut_graph", lambda *args, **kwargs: component)
+        patch.setattr("gist.graph.layout.cut_graph", lambda *args, **kwargs: component)
         source = recipe.bind(data)
     model = model_for(data).double()
     got = infer_on_clusters(model, source)

@@ -56,11 +56,12 @@ def exact_gcn(nodes: int, edges: Tensor, weight: Tensor | None) -> Tensor:
     return scale[:, None] * dense * scale
 
 
-def exact_mean(nodes: int, edges: Tensor) -> Tensor:
+def exact_mean(nodes: int, edges: Tensor, weight: Tensor | None = None) -> Tensor:
     dense = torch.zeros(nodes, nodes, dtype=torch.float64)
-    for source, target in edges.T.tolist():
-        dense[target, source] += 1.0
-    return dense / dense.sum(1, keepdim=True).clamp(min=1)
+    for k, (source, target) in enumerate(edges.T.tolist()):
+        dense[target, source] += 1.0 if weight is None else weight[k]
+    total = dense.sum(1, keepdim=True)
+    return dense / torch.where(total == 0, 1.0, total)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -71,7 +72,7 @@ def test_products_are_what_the_formulas_say(dtype, bound, case):
     x = features(nodes, 3, seed, dtype)
     for form, exact in [
         ("gcn", exact_gcn(nodes, edges, weight)),
-        ("mean", exact_mean(nodes, edges)),
+        ("mean", exact_mean(nodes, edges, weight)),
     ]:
         got = adjacency.propagate(form, x)
         assert got.dtype == dtype
@@ -112,25 +113,33 @@ def remembered(edges: Tensor, nodes: int, x: Tensor, weight: Tensor | None = Non
 )
 @given(case=graphs())
 def test_sage_equals_pygs(settings, case):
-    nodes, edges, weight, seed = case
+    nodes, edges, _, seed = case
     for widths in [(3, 5), (5, 3)]:
         conv = gist.nn.SAGEConv(*widths, **settings).double()
         theirs = pyg.SAGEConv(*widths, **settings).double()
         theirs.load_state_dict(conv.state_dict())
         x = features(nodes, widths[0], seed)
         expected = theirs(x, edges)
-        for graph in (edges, Adjacency(edges, nodes, weight), remembered(edges, nodes, x)):
+        for graph in (edges, Adjacency(edges, nodes), remembered(edges, nodes, x)):
             assert torch.allclose(conv(x, graph), expected, rtol=0, atol=1e-12)
 
 
 @given(case=graphs())
-def test_concatenating_sage_equals_its_formula(case):
-    nodes, edges, _, seed = case
-    conv = gist.nn.SAGEConcatConv(4, 3).double()
-    x = features(nodes, 4, seed)
-    expected = conv.lin(torch.cat([x, exact_mean(nodes, edges) @ x], dim=1))
-    for graph in (edges, Adjacency(edges, nodes), remembered(edges, nodes, x)):
-        assert torch.allclose(conv(x, graph), expected, rtol=0, atol=1e-12)
+def test_sage_takes_the_weighted_mean(case):
+    nodes, edges, weight, seed = case
+    mean = exact_mean(nodes, edges, weight)
+    for widths in [(3, 5), (5, 3)]:
+        x = features(nodes, widths[0], seed)
+        two = gist.nn.SAGEConv(*widths).double()
+        one = gist.nn.SAGEConcatConv(*widths).double()
+        for conv, expected in [
+            (two, two.lin_l(mean @ x) + two.lin_r(x)),
+            (one, one.lin(torch.cat([x, mean @ x], dim=1))),
+        ]:
+            for graph in (Adjacency(edges, nodes, weight), remembered(edges, nodes, x, weight)):
+                assert torch.allclose(conv(x, graph), expected, rtol=0, atol=1e-12)
+            got = conv(x, edges, edge_weight=weight)
+            assert torch.allclose(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +164,7 @@ def test_gradients_are_those_of_the_dense_product(case, form):
     """Directed graphs too: the backward pass needs the transpose."""
     nodes, edges, weight, seed = case
     adjacency = Adjacency(edges, nodes, weight)
-    exact = exact_gcn(nodes, edges, weight) if form == "gcn" else exact_mean(nodes, edges)
+    exact = exact_gcn(nodes, edges, weight) if form == "gcn" else exact_mean(nodes, edges, weight)
     for dtype, bound in [(torch.float32, 1e-4), (torch.float64, 1e-6)]:
         x = features(nodes, 2, seed, dtype).requires_grad_()
         upstream = features(nodes, 2, seed + 1, dtype)

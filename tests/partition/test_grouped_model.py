@@ -163,7 +163,6 @@ def test_layers_without_a_grouped_form_are_named():
     "layer",
     [
         pyg.LayerNorm(8, mode="graph"),
-        pyg.GATConv(8, 8, edge_dim=3),
         nn.Embedding(8, 8, sparse=True),
         nn.Embedding(8, 8, scale_grad_by_freq=True),
         nn.Flatten(),

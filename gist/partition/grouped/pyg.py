@@ -143,8 +143,11 @@ class GroupedSAGEConv(_Propagating):
         self.normalize = conv.normalize
         self.by_matrix = conv.aggr == "mean" and conv.flow == "source_to_target"
 
-    def forward(self, x: Tensor, edge_index: Graph, size: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, edge_index: Graph, size: Any = None, edge_weight: Tensor | None = None
+    ) -> Tensor:
         """``[n, m, k]`` or shared ``[n, k]`` -> ``[n, m, o]``."""
+        assert edge_weight is None, "they are part of the matrices"
         graph = edge_index
         if self.lin is None and self.by_matrix and _has_matrices(graph):
             out = self.narrow_side_first(x, graph, self.lin_l)
@@ -175,8 +178,9 @@ class GroupedSAGEConcatConv(_Propagating):
         self.lin = cast(GroupedLinear, grouping.layer(conv.lin))
         self.width = conv.lin.weight.size(1) // 2
 
-    def forward(self, x: Tensor, edge_index: Graph) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Graph, edge_weight: Tensor | None = None) -> Tensor:
         """``[n, m, k]`` or shared ``[n, k]`` -> ``[n, m, o]``."""
+        assert edge_weight is None, "they are part of the matrices"
         if not _has_matrices(edge_index):
             mean = self.twin(_flat(x), edge_index).view(x.shape)
             return cast(Tensor, self.lin(torch.cat([x, mean], dim=-1)))
@@ -217,7 +221,7 @@ class GroupedAttentionConv(_Grouped):
     """m attention layers of ``H`` heads are one of ``m * H`` heads (GAT, GATv2).
 
     Args:
-        conv: The PyG layer, without edge features.
+        conv: The PyG layer.
         grouping: Of its model.
         projections: Names of its linears to ``H * C`` features; those that are None are left out.
         attention: Names of its attention vectors ``[1, H, C]``.
@@ -247,6 +251,8 @@ class GroupedAttentionConv(_Grouped):
             setattr(twin, name, _Given())
         for name in vectors:
             grouping.tensor_of(conv, name, self)
+        self.lin_edge = None if conv.lin_edge is None else grouping.layer(conv.lin_edge)
+        twin.lin_edge = None if self.lin_edge is None else _Flat(self.lin_edge)
         self.res = None if conv.res is None else grouping.layer(conv.res)
         grouping.tensor_of(conv, "bias", self)
         self.projections, self.attention, self.concat = present, vectors, conv.concat
@@ -270,6 +276,19 @@ class GroupedAttentionConv(_Grouped):
         if self.res is not None:
             out = out + self.res(x)
         return out if self.bias is None else out + self.bias
+
+
+class _Flat(nn.Module):
+    """A grouped layer whose outputs lie side by side: ``[e, k]`` -> ``[e, m * o]``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of all subnets."""
+        out: Tensor = self.layer(x)
+        return out.flatten(1)
 
 
 class _Given(nn.Module):

@@ -184,8 +184,6 @@ class _AttentionRule(_ConvRule):
 
     def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
         """See :meth:`Rule.grouped`."""
-        if module.lin_edge is not None:
-            return None
         return GroupedAttentionConv(module, grouping, self.projections, self.attention)
 
     def masked(self, module: Any, narrowed: Any, held: Tensor | None) -> nn.Module | None:
