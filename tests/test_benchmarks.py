@@ -32,6 +32,7 @@ COLUMNS = {
     "repartition": ("width", "local_steps", "seconds", "repartition_seconds", "share"),
     "profile_step": ("method", "operator", "milliseconds", "gflop", "megabytes", "above_floor"),
     "workers": ("table", "method", "workers", "seconds", "bytes_per_round", "planned_bytes"),
+    "cached_start": ("edges", "open_seconds", "trainer_seconds", "resident_mib", "own_mib"),
     "step_options": ("width", "subnets", "precision", "compile", "step_seconds", "speedup"),
 }
 

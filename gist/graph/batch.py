@@ -38,6 +38,10 @@ class GraphBatch:
     y: Tensor
     targets: Tensor | None = None
 
+    def outputs(self, out: Tensor) -> Tensor:
+        """What the loss is taken over, of a model's output ``[n, C]``; stacked ``[n, m, C]``."""
+        return out if self.targets is None else out[self.targets]
+
 
 class BatchSource(ABC):
     """Where a run's batches come from: a recipe bound to one graph."""
@@ -120,6 +124,7 @@ def training_graph(data: GraphData) -> GraphData:
     """
     nodes = data.train_mask.nonzero()[:, 0]
     part = copy.copy(data)  # checked already; the constructor wants every split
+    vars(part).pop("known_fingerprint", None)  # that of the whole graph
     known = {
         "x": data.x[nodes],
         "y": data.y[nodes],

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+import networkx as nx
 import torch
 from torch import Generator, Tensor, nn
 
@@ -20,8 +21,10 @@ from gist.errors import ConfigError
 from gist.graph.adjacency import Adjacency, Form, Rows, offsets, true_positions
 from gist.graph.batch import BatchRecipe, BatchSource, GraphBatch, passes
 from gist.graph.data import GraphData
-from gist.graph.parts import METHODS, Method, cut_graph
+from gist.graph.layout import lay_out
+from gist.graph.parts import METHODS, Method
 from gist.graph.prefetch import prefetched
+from gist.graph.quotient import quotient_graph
 
 NORMALIZATIONS = ("batch", "full")
 
@@ -106,42 +109,21 @@ class ClusterSource(BatchSource):
 
     def __init__(self, recipe: Cluster, data: GraphData) -> None:
         self.recipe = recipe
-        parts = cut_graph(
-            data.adjacency,
-            recipe.num_parts,
-            method=recipe.method,
-            seed=recipe.seed,
-            cache=recipe.cache,
+        layout = lay_out(
+            data, recipe.num_parts, method=recipe.method, seed=recipe.seed, cache=recipe.cache
         )
-        parts = torch.unique(parts, return_inverse=True)[1]
-        order = torch.argsort(parts, stable=True)
-        sizes = torch.bincount(parts)
-        self.parts, self.num_clusters = parts, sizes.numel()
-        device = data.x.device
-        self._order = order.to(device)
-        ends = offsets(sizes).to(device)
-        self._start = ends.tolist()
-
-        graph = data.adjacency
-        rows = graph.rows.take(self._order)
-        kind = rows.indices.dtype
-        place = torch.empty(data.num_nodes, dtype=kind, device=device)
-        place[self._order] = torch.arange(data.num_nodes, dtype=kind, device=device)
-        rows = rows._replace(indices=place.index_select(0, rows.indices))
-        self._graph = Adjacency.from_csr(*rows, part_of=graph)
+        self.parts, self.num_clusters = layout.parts, layout.starts.numel() - 1
+        self.edges_within = layout.edges_within
+        self._order, self._x, rows = layout.order, layout.x, layout.rows
+        self._start = layout.starts.tolist()
+        self._graph = Adjacency.from_csr(*rows, part_of=data.adjacency)
         self._counts = rows.counts()
-        bounds = rows.indptr.index_select(0, ends)
-        self._entry = bounds.tolist()
-        self._cluster = parts[order].to(kind).to(device)
-        inside = torch.arange(self.num_clusters, dtype=kind, device=device)
-        inside = inside.repeat_interleave(bounds.diff(), output_size=graph.num_edges)
-        within = int((self._cluster.index_select(0, rows.indices) == inside).sum())
-        self.edges_within = within / max(graph.num_edges, 1)
+        self._entry = rows.indptr.index_select(0, layout.starts).tolist()
+        self._cluster = layout.parts.to(self._order.device, rows.indices.dtype)[self._order]
 
-        self._x = data.x[self._order]
         self._train = true_positions(data.train_mask[self._order])
         self._y = data.y[self._order[self._train]]
-        self._first_target = torch.searchsorted(self._train, ends).tolist()
+        self._first_target = torch.searchsorted(self._train, layout.starts).tolist()
         has_targets = torch.tensor([b > a for a, b in pairwise(self._first_target)])
         self._labelled = true_positions(has_targets)
         self._unlabelled = true_positions(~has_targets)
@@ -218,6 +200,15 @@ class ClusterSource(BatchSource):
         """``[n]``: the nodes of the union, as the whole graph numbers them, in its order."""
         return _joined(self._order, self._spans(self._start, clusters))
 
+    def quotient(self) -> nx.Graph:
+        """The clusters and what lies between them: see :func:`~gist.graph.quotient.quotient_graph`.
+
+        They have the numbers that batches are made of.
+        """
+        train = torch.zeros_like(self._cluster, dtype=torch.bool)
+        train[self._train] = True
+        return quotient_graph(self._graph, self._cluster, train)
+
     def describe(self) -> dict[str, Any]:
         """Settings, and what identifies the cut."""
         settings = asdict(self.recipe)
@@ -261,7 +252,7 @@ class ClusterSource(BatchSource):
         shift = shift.to(self._cluster.device)
 
         entries = self._spans(self._entry, clusters)
-        indices, weight = self._graph.rows[1:]
+        _, indices, weight, attr = self._graph.rows
         sources = _joined(indices, entries)
         cluster = self._cluster.index_select(0, sources)
         moved = sources + shift.index_select(0, cluster)
@@ -269,6 +260,7 @@ class ClusterSource(BatchSource):
             offsets(_joined(self._counts, spans)),
             moved,
             None if weight is None else _joined(weight, entries),
+            None if attr is None else _joined(attr, entries),
         ).keep(moved >= 0)
         full = self.recipe.normalization == "full"
         graph = Adjacency.from_csr(

@@ -7,27 +7,36 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import networkx as nx
+import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
 from gist.errors import ConfigError, DataError
-from gist.graph import convert
+from gist.graph import convert, files
 from gist.graph.adjacency import Adjacency
 from gist.graph.convert import SPLITS
+from gist.graph.csv_files import csv_inputs
 from gist.graph.metrics import METRICS, Metric, Task, is_defined, one_of
+
+_SETTINGS = ("task", "metric", "num_classes", "directed", "name")
+_KNOWN = ("is_symmetric", "has_symmetric_pattern", "has_self_loops")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GraphData:
     """A graph, its features, labels and splits.
 
-    Build it from what you have with :meth:`from_pyg`, :meth:`from_edges`, :meth:`from_scipy` or
-    :meth:`from_networkx`; the constructor takes tensors in their final form. Nodes outside all
+    Build it from what you have with :meth:`from_pyg`, :meth:`from_dgl`, :meth:`from_ogb`,
+    :meth:`from_edges`, :meth:`from_scipy`, :meth:`from_networkx` or :meth:`from_csv`, or
+    :meth:`load` a saved one; the constructor takes tensors in their final form. Nodes outside all
     splits need no label. Duplicate edges and self loops are kept as they are.
 
     Attributes:
@@ -61,6 +70,9 @@ class GraphData:
     metric: Metric
     directed: bool = False
     name: str = "graph"
+
+    known_fingerprint: ClassVar[str | None] = None
+    """What :meth:`fingerprint` was when a graph that is opened from a folder was saved."""
 
     def __post_init__(self) -> None:
         self._check_layout()
@@ -96,6 +108,11 @@ class GraphData:
         return self.x.size(1)
 
     @property
+    def num_edge_features(self) -> int:
+        """``D``: columns of ``edge_attr``; 0 where the edges have none."""
+        return self.adjacency.num_edge_features
+
+    @property
     def edge_index(self) -> Tensor:
         """``[2, E]``: sources and targets."""
         return self.adjacency.edge_index
@@ -104,6 +121,15 @@ class GraphData:
     def edge_weight(self) -> Tensor | None:
         """``[E]``, or None for an unweighted graph."""
         return self.adjacency.edge_weight
+
+    def tensors(self) -> list[Tensor]:
+        """Features, labels and, where it is there, ``edge_index``: most of what it takes.
+
+        Features and labels of a folder are not in memory until they are used, and left out.
+        """
+        mapped = self.known_fingerprint is not None and self.x.device.type == "cpu"
+        held = [] if mapped else [self.x, self.y]
+        return [*held, *([self.edge_index] if self.adjacency.is_listed else [])]
 
     def mask(self, split: str) -> Tensor:
         """The mask ``[N]`` of ``"train"``, ``"val"`` or ``"test"``."""
@@ -123,18 +149,107 @@ class GraphData:
         moved.adjacency.remember(moved.x)
         return moved
 
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, of edges, weights, features, labels and splits, in their order.
+    @property
+    def edge_attr(self) -> Tensor | None:
+        """``[E, D]`` features of the edges, or None."""
+        return self.adjacency.edge_attr
 
-        The same on every device; checkpoints carry it to notice that the data changed.
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of edges with what they carry, features, labels and splits.
+
+        The same on every device; checkpoints carry it to notice that the data changed. The edges
+        count in the order in which nodes receive them.
         """
+        splits = (self.mask(name) for name in SPLITS)
+        tensors = [t for t in (*self.adjacency.rows, self.x, self.y, *splits) if t is not None]
+        if self.known_fingerprint and not any(tensor._version for tensor in tensors):
+            return self.known_fingerprint
         digest = hashlib.sha256(f"{self.task} {self.num_classes} {self.directed}".encode())
-        tensors = (self.edge_index, self.edge_weight, self.x, self.y)
-        for tensor in (*tensors, *(self.mask(name) for name in SPLITS)):
-            if tensor is not None:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().numpy().data)
+        for tensor in tensors:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the graph, complete or not at all; an older one of that name is replaced.
+
+        Args:
+            path: One file, if the name ends in ``.npz``: an archive of the arguments of
+                :meth:`from_edges`. Otherwise a folder, which :meth:`load` opens without reading
+                it. A graph on another device is written as one of the CPU.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            DataError: something else has that name.
+        """
+        path, data = Path(path), self.to("cpu")
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        splits = {name: self.mask(name) for name in SPLITS}
+        if path.suffix == ".npz":
+            names = ("edge_index", "edge_weight", "edge_attr", "x", "y")
+            tensors = {name: getattr(data, name) for name in names} | splits
+            files.write_archive(path, {**_arrays(tensors), **settings})
+        else:
+            tensors = {**data.adjacency.rows._asdict(), "x": data.x, "y": data.y, **splits}
+            known = {name: getattr(data.adjacency, name) for name in _KNOWN}
+            facts = {"settings": settings, "known": known, "fingerprint": self.fingerprint()}
+            files.write_folder(path, _arrays(tensors), facts)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GraphData:
+        """Reads what :meth:`save` wrote, or an archive that was made with ``numpy.savez``.
+
+        An archive is checked as :meth:`from_edges` does. The arrays of a folder, which were checked
+        when it was saved, are mapped into memory: they take time and memory as they are used, and
+        may be larger than memory. Changes in place do not reach the file.
+
+        Args:
+            path: An ``.npz`` archive or a folder. The keys of an archive are arguments of
+                :meth:`from_edges`; ``x`` is float32, or float64 where that is wanted.
+
+        Raises:
+            DataError: it is not there, damaged, of another version, or cannot be trained on.
+            ConfigError: settings that contradict one another.
+        """
+        path = Path(path)
+        if path.suffix == ".npz":
+            given = {"name": path.stem, **files.read_archive(path)}
+            return cls.from_edges(**{**given, "x": convert.as_tensor("x", given["x"])})
+        required = ("indptr", "indices", "x", "y", *SPLITS)
+        arrays, facts = files.read_folder(path, required, optional=("weight", "attr"))
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        edges = (tensors.pop("indptr"), tensors.pop("indices"))
+        carried = (tensors.pop("weight", None), tensors.pop("attr", None))
+        adjacency = Adjacency.from_csr(*edges, *carried, by_source=True)
+        vars(adjacency).update(facts["known"])
+        masks = {f"{name}_mask": tensors.pop(name) for name in SPLITS}
+        data = cls.__new__(cls)  # checked already: not through the constructor
+        vars(data).update(adjacency=adjacency, **tensors, **masks, **facts["settings"])
+        vars(data)["known_fingerprint"] = facts["fingerprint"]
+        data._check_layout()
+        adjacency.remember(data.x)
+        return data
+
+    @classmethod
+    def of(cls, data: Any) -> GraphData:
+        """Whatever holds a graph with features, labels and splits.
+
+        Args:
+            data: A :class:`GraphData`, a PyG ``Data``, a ``DGLGraph``, or a node dataset of OGB.
+                :meth:`from_pyg` and its siblings take more to say what is where.
+
+        Raises:
+            DataError: data that cannot be trained on.
+        """
+        if isinstance(data, GraphData):
+            return data
+        package = type(data).__module__.partition(".")[0]
+        if package == "dgl":
+            return cls.from_dgl(data)
+        return cls.from_ogb(data) if package == "ogb" else cls.from_pyg(data)
 
     @classmethod
     def from_edges(
@@ -147,6 +262,7 @@ class GraphData:
         val: Any,
         test: Any,
         edge_weight: Any = None,
+        edge_attr: Any = None,
         task: Task | None = None,
         num_classes: int | None = None,
         metric: Metric | None = None,
@@ -155,6 +271,9 @@ class GraphData:
         name: str = "graph",
     ) -> GraphData:
         """Takes numpy arrays, tensors or lists; everything moves to the device of ``x``.
+
+        Edges are put in order of source, then target, as PyG's ``coalesce`` has them, so that the
+        same graph trains to the same bits wherever it comes from. Duplicates are kept.
 
         Args:
             edge_index: ``[2, E]`` whole numbers: sources and targets, each direction listed.
@@ -166,6 +285,7 @@ class GraphData:
             val: As ``train``.
             test: As ``train``.
             edge_weight: ``[E]`` numbers.
+            edge_attr: ``[E, D]`` features of the edges, or ``[E]`` for one.
             task: Without it one label per node means multiclass, a row of labels multilabel.
             num_classes: Without it the largest label plus one, or the columns of ``y``.
             metric: Without it accuracy, or micro-F1 for multilabel.
@@ -189,14 +309,14 @@ class GraphData:
         device, num_nodes = features.device, features.size(0)
         labels, task, num_classes = convert.as_labels(y, task, num_classes)
         edges = convert.as_tensor("edge_index", edge_index).to(device)
-        weight = None
-        if edge_weight is not None:
-            weight = convert.as_tensor("edge_weight", edge_weight).to(device)
-            kind = torch.float64 if features.dtype == torch.float64 else torch.float32
-            weight = weight if weight.is_complex() else weight.to(kind)
-        adjacency = Adjacency(edges, num_nodes, weight)
+        weight = convert.as_edge_values("edge_weight", edge_weight, features)
+        attr = convert.as_edge_values("edge_attr", edge_attr, features)
+        if attr is not None and attr.dim() == 1:
+            attr = attr[:, None]
+        adjacency = Adjacency(edges, num_nodes, weight, attr)
         if symmetrize:
             adjacency = _symmetrized(adjacency)
+        adjacency = _in_order(adjacency)
         masks = {
             f"{split}_mask": convert.as_mask(split, value, num_nodes).to(device)
             for split, value in zip(SPLITS, (train, val, test), strict=True)
@@ -217,7 +337,8 @@ class GraphData:
     def from_pyg(cls, data: Data, *, split: int | None = None, **overrides: Any) -> GraphData:
         """Takes a PyG ``Data`` with x, edge_index, y, train_mask, val_mask and test_mask.
 
-        Weights are ``edge_weight`` or a one-column ``edge_attr``.
+        Weights are ``edge_weight``, or without it a one-column ``edge_attr``; any other
+        ``edge_attr`` holds features of the edges.
 
         Args:
             data: One homogeneous graph.
@@ -230,6 +351,65 @@ class GraphData:
             ConfigError: settings that contradict one another.
         """
         return cls.from_edges(**convert.pyg_inputs(data, split, overrides))
+
+    @classmethod
+    def from_dgl(
+        cls,
+        graph: Any,
+        *,
+        x: Any = "feat",
+        y: Any = "label",
+        train: Any = "train_mask",
+        val: Any = "val_mask",
+        test: Any = "test_mask",
+        weight: str | None = "weight",
+        edge_attr: str | None = None,
+        **settings: Any,
+    ) -> GraphData:
+        """Takes a ``DGLGraph`` with one type of nodes and of edges. Self loops are kept.
+
+        Args:
+            graph: The graph.
+            x: The name of an entry of ``ndata``, or an array ``[N, F]``.
+            y: The name of an entry of ``ndata``, or an array.
+            train: The name of an entry of ``ndata``, a mask, or node indices.
+            val: As ``train``.
+            test: As ``train``.
+            weight: The entry of ``edata`` with the weights; None, or no entry of that name, for an
+                unweighted graph.
+            edge_attr: The entry of ``edata`` with the features of the edges.
+            **settings: The other arguments of :meth:`from_edges`.
+
+        Raises:
+            MissingDependencyError: DGL cannot be imported.
+            DataError: data that cannot be trained on.
+            ConfigError: settings that contradict one another.
+        """
+        given = {"x": x, "y": y, "train": train, "val": val, "test": test}
+        found = convert.dgl_inputs(graph, given, weight, edge_attr)
+        features = convert.as_features(found.pop("x"))
+        if len(features) != graph.num_nodes():
+            raise _mismatch("x", len(features), graph.num_nodes(), "the graph")
+        return cls.from_edges(x=features, **{**found, **settings})
+
+    @classmethod
+    def from_ogb(cls, dataset: Any, **overrides: Any) -> GraphData:
+        """Takes a dataset of ``ogb.nodeproppred``: its graph, labels and official split.
+
+        Edges of a directed graph get their reverses, as leaderboard scripts do, unless
+        ``directed=True`` is given. Without features of the nodes ``x`` is the mean of those of the
+        edges that a node receives.
+
+        Args:
+            dataset: A ``NodePropPredDataset``, ``PygNodePropPredDataset`` or
+                ``DglNodePropPredDataset``. :func:`gist.load_dataset` needs none of them.
+            **overrides: Arguments of :meth:`from_edges`, as for :meth:`from_pyg`.
+
+        Raises:
+            DataError: data that cannot be trained on.
+            ConfigError: settings that contradict one another.
+        """
+        return cls.from_edges(**convert.ogb_inputs(dataset, overrides))
 
     @classmethod
     def from_scipy(cls, matrix: Any, x: Any, y: Any, **settings: Any) -> GraphData:
@@ -260,6 +440,7 @@ class GraphData:
         val: Any,
         test: Any,
         weight: str | None = "weight",
+        edge_attr: str | None = None,
         **settings: Any,
     ) -> GraphData:
         """Takes a networkx graph with any node labels; nodes are numbered as in ``graph.nodes``.
@@ -275,6 +456,7 @@ class GraphData:
             test: As ``train``.
             weight: The edge attribute with the weights; None, or no edge that has it, for an
                 unweighted graph.
+            edge_attr: The edge attribute with the features of an edge, a number or a list of them.
             **settings: The other arguments of :meth:`from_edges`.
 
         Raises:
@@ -292,8 +474,63 @@ class GraphData:
         features = convert.as_features(arrays.pop("x"))
         if len(features) != len(graph):
             raise _mismatch("x", len(features), len(graph), "the graph")
-        edges, values = convert.networkx_edges(graph, weight)
-        return cls.from_edges(edges, features, **{"edge_weight": values, **arrays, **settings})
+        given = {
+            "edge_weight": convert.networkx_edge_values(graph, weight),
+            "edge_attr": convert.networkx_edge_values(graph, edge_attr, required=True),
+        }
+        edges = convert.networkx_edges(graph)
+        return cls.from_edges(edges, features, **{**given, **arrays, **settings})
+
+    @classmethod
+    def from_csv(
+        cls,
+        edges: str | os.PathLike[str],
+        features: str | os.PathLike[str],
+        labels: str | os.PathLike[str],
+        *,
+        header: bool = True,
+        node_ids: bool = True,
+        keep_duplicates: bool = False,
+        train: Sequence[Any] | None = None,
+        val: Sequence[Any] | None = None,
+        test: Sequence[Any] | None = None,
+        **settings: Any,
+    ) -> GraphData:
+        """Takes three files of comma-separated text, each compressed if its name ends in ``.gz``.
+
+        Columns count by their place. Nodes may have any names, compared as text, and are numbered
+        in the order of ``features``.
+
+        Args:
+            edges: Source, target and, in a third column if there is one, weight.
+            features: Node, and then its features.
+            labels: Node, label and, in a third column if there is one, ``train``, ``val``,
+                ``test`` or nothing. Labels are class numbers from 0, or names, which are numbered
+                in sorted order; nodes may be left out, or their labels empty, if in no split.
+            header: Whether the first line of each file names its columns.
+            node_ids: Without them ``features`` has no column of nodes: they are called 0, 1, 2, ...
+            keep_duplicates: Keep an edge that is listed again, which is refused otherwise.
+            train: The nodes of this split, in place of those that ``labels`` says.
+            val: As ``train``.
+            test: As ``train``.
+            **settings: The other arguments of :meth:`from_edges`; ``symmetrize=True`` where each
+                undirected edge is listed once.
+
+        Raises:
+            DataError: a file that cannot be read, or a line that is wrong, by its number; or data
+                that cannot be trained on.
+            ConfigError: settings that contradict one another.
+        """
+        inputs = csv_inputs(
+            Path(edges),
+            Path(features),
+            Path(labels),
+            header=header,
+            node_ids=node_ids,
+            keep_duplicates=keep_duplicates,
+            splits={"train": train, "val": val, "test": test},
+        )
+        return cls.from_edges(**{**inputs, **settings})
 
     def _check_layout(self) -> None:
         for name in ("x", "y", *(f"{split}_mask" for split in SPLITS)):
@@ -395,8 +632,8 @@ class GraphData:
     def _check_symmetry(self) -> None:
         if self.directed or self.adjacency.is_symmetric:
             return
-        missing, _ = convert.missing_reverses(self.edge_index, self.edge_weight, self.num_nodes)
-        if count := missing.size(1):
+        missing = convert.missing_reverses(self.edge_index, self.edge_weight, self.num_nodes)
+        if count := len(missing):
             same = "" if self.edge_weight is None else " of the same weight"
             raise DataError(
                 f"the graph is directed: edges without a reverse{same}",
@@ -404,6 +641,11 @@ class GraphData:
                 expected="both directions of every edge",
                 remedy="symmetrize=True adds the missing reverses; directed=True keeps the graph",
             )
+
+
+def _arrays(tensors: Mapping[str, Tensor | None]) -> dict[str, np.ndarray]:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {name: tensor.contiguous().numpy() for name, tensor in given.items()}
 
 
 def _as_float(x: Tensor) -> Tensor:
@@ -445,21 +687,33 @@ def _check_task(task: Task, metric: Metric, num_classes: int) -> None:
 
 
 def _symmetrized(adjacency: Adjacency) -> Adjacency:
-    weight = adjacency.edge_weight
-    index, nodes = adjacency.edge_index, adjacency.num_nodes
-    missing, values = convert.missing_reverses(index, weight, nodes)
-    if not missing.size(1):
+    index, nodes, weight = adjacency.edge_index, adjacency.num_nodes, adjacency.edge_weight
+    missing = convert.missing_reverses(index, weight, nodes)
+    if not len(missing):
         return adjacency
-    one_way = convert.missing_reverses(index, None, nodes)[0].size(1)
-    if one_way < missing.size(1):
+    one_way = len(convert.missing_reverses(index, None, nodes))
+    if one_way < len(missing):
         raise DataError(
             "the two directions of an edge have different weights, so none is the reverse's",
-            got=f"{missing.size(1) - one_way:,} such edges",
+            got=f"{len(missing) - one_way:,} such edges",
             remedy="average the weights first, or keep them with directed=True",
         )
-    if weight is not None and values is not None:
-        weight = torch.cat([weight, values])
-    return Adjacency(torch.cat([adjacency.edge_index, missing], dim=1), adjacency.num_nodes, weight)
+    index = torch.cat([index, index[:, missing].flip(0)], dim=1)
+    carried = (weight, adjacency.edge_attr)
+    both = [None if t is None else torch.cat([t, t[missing]]) for t in carried]
+    return Adjacency(index, nodes, *both)
+
+
+def _in_order(adjacency: Adjacency) -> Adjacency:
+    """The same edges in order of source, then target; duplicates in the order given."""
+    source, target = adjacency.edge_index
+    key = source * adjacency.num_nodes + target
+    if bool((key[1:] >= key[:-1]).all()):
+        return adjacency
+    order = torch.argsort(key, stable=True)
+    carried = (adjacency.edge_weight, adjacency.edge_attr)
+    sorted_ = [None if t is None else t[order] for t in carried]
+    return Adjacency(adjacency.edge_index[:, order], adjacency.num_nodes, *sorted_)
 
 
 def _nodes(bad: Tensor) -> str:

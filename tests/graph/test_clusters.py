@@ -14,7 +14,7 @@ from torch_geometric.utils import subgraph
 
 from gist import Adjacency, Cluster, GISTTrainer, GraphData, load_dataset
 from gist.errors import CheckpointError, ConfigError
-from gist.graph import clusters, parts, prefetch
+from gist.graph import clusters, layout, parts, prefetch
 from gist.graph.batch import GraphBatch, passes, training_graph
 from gist.graph.clusters import ClusterSource
 from gist.graph.sparse import CSR
@@ -301,7 +301,7 @@ def test_parts_that_stay_empty_are_no_clusters(monkeypatch):
     data = load_dataset("digits")
     cut = torch.arange(data.num_nodes) % 5
     cut[cut == 1] = 3
-    monkeypatch.setattr(clusters, "cut_graph", lambda *_, **__: cut)
+    monkeypatch.setattr(layout, "cut_graph", lambda *_, **__: cut)
     source = Cluster(num_parts=5).bind(data)
     assert source.num_clusters == source.steps_per_epoch == 4
     assert source.parts.unique().tolist() == [0, 1, 2, 3]
