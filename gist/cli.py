@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from gist.checkpoint import write_atomically
 from gist.compare import compare as run_comparison
@@ -36,9 +37,11 @@ from gist.errors import ConfigError, GistError
 from gist.execution.comm import is_launched, local_device
 from gist.experiment import BASELINES, METHODS, MODELS, Experiment, plan_run
 from gist.graph.batch import training_graph
-from gist.graph.cards import list_cards, load_card
+from gist.graph.cards import table as card_table
 from gist.graph.clusters import Cluster
-from gist.graph.datasets import data_folders, load_dataset, prepare_dataset
+from gist.graph.datasets import find_card, load_dataset, prepare_dataset
+from gist.graph.layout import keep_layout
+from gist.graph.places import data_folders, sums_known
 from gist.launch import launch
 
 app = typer.Typer(
@@ -50,7 +53,10 @@ app = typer.Typer(
 _console = Console()
 _errors = Console(stderr=True)
 
-Dataset = Annotated[str, typer.Argument(help="Name of a dataset, as `gist prepare --list` prints.")]
+Dataset = Annotated[
+    str,
+    typer.Argument(help="Name of a dataset, as `gist prepare --list` prints, or path of a graph."),
+]
 DataOption = Annotated[
     list[str] | None,
     typer.Option("--data", help="Option of the dataset, NAME=VALUE; may be repeated."),
@@ -193,7 +199,7 @@ def train(
     deterministic: Deterministic = False,
     fast_dev_run: FastDevRun = False,
 ) -> None:
-    """Train one model; settings not given come from the dataset's card."""
+    """Train one model; settings not given come from the dataset's card, if it has one."""
     parameters = dict(locals())
     _check_launch(workers, max_restarts)
     starts = workers is not None and not is_launched()
@@ -392,7 +398,8 @@ def _takes_options_of(
 @_takes_options_of(train, without=("resume", "max_restarts", "backend", "worker_timeout"))
 def plan(
     dataset: Annotated[
-        str | None, typer.Argument(help="Name of a dataset; none where all sizes are given.")
+        str | None,
+        typer.Argument(help="Name of a dataset, or path of a graph; none where sizes are given."),
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the graph.")] = None,
     edges: Annotated[
@@ -433,10 +440,13 @@ def plan(
 
 @app.command()
 def prepare(
-    dataset: Annotated[str | None, typer.Argument(help="Name of a dataset.")] = None,
+    dataset: Annotated[
+        str | None, typer.Argument(help="Name of a dataset, or path of a saved graph.")
+    ] = None,
     list_datasets: Annotated[bool, typer.Option("--list", help="List the datasets.")] = False,
     clusters: Annotated[
-        int | None, typer.Option(help="Also cut the graph into so many clusters, and keep the cut.")
+        int | None,
+        typer.Option(help="Also cut the graph into so many clusters, and keep it laid out so."),
     ] = None,
     clusters_per_batch: Annotated[
         int, typer.Option(help="Say what batches of so many clusters keep.")
@@ -446,30 +456,31 @@ def prepare(
     ] = False,
     data: DataOption = None,
 ) -> None:
-    """Download and verify a dataset: the only command that uses the network."""
+    """Download, verify and read a dataset, and cut it: the only command that uses the network."""
     if list_datasets or dataset is None:
-        for name in list_cards():
-            _console.print(f"{name:10} {load_card(name).title}", soft_wrap=True)
+        _console.print(_cards())
         return
-    place = prepare_dataset(dataset)
-    _console.print(
-        f"{dataset} is generated: nothing to download"
-        if place is None
-        else f"{dataset} is ready in {place}",
-        soft_wrap=True,
-    )
+    options = _pairs(data)
+    card = find_card(dataset, options)
+    place = None if card is None else prepare_dataset(dataset, **options)
+    said = f"is {'a saved graph' if card is None else 'generated'}: nothing to download"
+    if card is not None and place is not None:
+        said = f"is ready in {place}; {sums_known(card, place)}"
+    _console.print(f"{dataset} {said}", soft_wrap=True)
     if clusters is None:
         return
     folder = data_folders(None)[-1] / "clusters"
-    graph = load_dataset(dataset, **_pairs(data))
-    source = Cluster(num_parts=clusters, parts_per_batch=clusters_per_batch, cache=folder).bind(
-        training_graph(graph) if inductive else graph
-    )
+    graph = load_dataset(dataset, **options)
+    graph = training_graph(graph) if inductive else graph
+    laid_out = keep_layout(graph, clusters, cache=folder)
+    recipe = Cluster(num_parts=clusters, parts_per_batch=clusters_per_batch, cache=folder)
+    source = recipe.bind(graph)
     sizes = source.parts.bincount()
     _console.print(
         f"{source.num_clusters} clusters of {int(sizes.min()):,} to {int(sizes.max()):,} nodes, "
         f"{100 * source.edges_within:.1f}% of the edges within them; batches of "
-        f"{clusters_per_batch} keep {100 * source.kept_edges:.1f}%; cut kept in {folder}",
+        f"{clusters_per_batch} keep {100 * source.kept_edges:.1f}%; "
+        + (f"cut kept in {folder}" if laid_out is None else f"graph laid out in {laid_out}"),
         soft_wrap=True,
     )
 
@@ -570,6 +581,18 @@ def _pairs(options: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             pairs[name] = value
     return pairs
+
+
+def _cards() -> Table:
+    (name, what, *counts), *rows = (row[:6] for row in card_table())
+    listed = Table(box=None, pad_edge=False)
+    listed.add_column(name, no_wrap=True)
+    for count in counts:
+        listed.add_column(count, justify="right", no_wrap=True)
+    listed.add_column(what)
+    for name, what, *counts in rows:
+        listed.add_row(name, *counts, what)
+    return listed
 
 
 def _check_launch(workers: int | None, max_restarts: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,9 +30,8 @@ from gist.costs.estimate import estimate_costs
 from gist.errors import ConfigError
 from gist.execution.comm import is_launched
 from gist.execution.initialise import initialise, place_model
-from gist.graph.cards import load_card
 from gist.graph.data import GraphData
-from gist.graph.datasets import load_dataset
+from gist.graph.datasets import find_card, load_dataset
 from gist.graph.outline import GraphShape
 from gist.history import TrainResult
 from gist.nn import GAT, GCN, GraphSAGE
@@ -38,7 +39,7 @@ from gist.partition.spec import model_tensors
 from gist.partition.streams import seeded
 from gist.trainer import GISTTrainer
 
-MODELS = ("gcn", "sage", "sage-concat", "gat")
+MODELS = ("gcn", "sage", "sage-concat", "gat", "gatv2")
 BASELINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "local-sgd": local_sgd_settings,
     "data-parallel": data_parallel_settings,
@@ -66,14 +67,15 @@ class Experiment:
     """One run by names.
 
     Attributes:
-        dataset: As :func:`gist.load_dataset` takes it.
+        dataset: As :func:`gist.load_dataset` takes it: a name, or the path of a saved graph.
         method: ``"gist"``; ``"full"`` for ordinary training of the whole model; or one of
             :data:`BASELINES`, of which ``num_subnets`` says how many replicas, batches per step or
             members there are.
         data_options: Options of the dataset.
         settings: Model settings (model, hidden, layers, norm, dropout, heads) and the attributes of
             :class:`~gist.config.GraphConfig` and :class:`~gist.config.TrainConfig`; what is not
-            given comes from the dataset's card.
+            given comes from the dataset's card; for a saved graph, which has none, from the
+            defaults of :func:`build_model` and these configs.
         seed: Of initialisation and training.
     """
 
@@ -84,7 +86,11 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dataset", load_card(self.dataset).name)
+        card = find_card(self.dataset, self.data_options)
+        name = self.dataset if card is None else card.name
+        if card is None and os.sep not in name:
+            name = os.path.join(".", name)  # a path for good, whatever becomes of the file
+        object.__setattr__(self, "dataset", name)
 
     def resolved(self) -> dict[str, Any]:
         """All settings: the card's for this number of subnets, then the given ones.
@@ -103,16 +109,23 @@ class Experiment:
                 remedy="leave num_subnets out, or use method 'gist'; over several workers, "
                 "'data-parallel'",
             )
-        known = load_card(self.dataset)
+        settings = {**self._defaults(), **self.settings, "seed": self.seed}
+        return _settings_of(self.method, settings)
+
+    def _defaults(self) -> dict[str, Any]:
         subnets = self.settings.get("num_subnets", TrainConfig.num_subnets)
+        known = find_card(self.dataset)
+        if known is None:
+            parameters = inspect.signature(build_model).parameters
+            model = {name: parameters[name].default for name in MODEL_SETTINGS}
+            return {k: v for k, v in model.items() if v is not None} | {"num_subnets": subnets}
         if self.method == "gist" and not any(self.settings.get(name) for name in _MEASURED_WITH):
             subnets = known.settings.defaults.num_subnets or subnets
         most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
         card = known.settings_for(1 if self.method in _WHOLE else most)
         if "rounds" in self.settings:
             del card["epochs"]
-        settings = {**card, "num_subnets": subnets, **self.settings, "seed": self.seed}
-        return _settings_of(self.method, settings)
+        return {**card, "num_subnets": subnets}
 
     def check_workers(self, workers: int) -> None:
         """Refuses settings that cannot be used, before any worker is started.
@@ -272,12 +285,15 @@ def build_model(
 ) -> nn.Module:
     """A reference model for a graph, initialised from ``seed`` alone.
 
+    Attention takes features of the edges where the graph has them.
+
     Raises:
         ConfigError: the model is unknown, or a size that cannot be.
     """
     if model not in MODELS:
         raise ConfigError("unknown model", got=repr(model), expected=" or ".join(MODELS))
-    if heads is not None and model != "gat":
+    attends = model in ("gat", "gatv2")
+    if heads is not None and not attends:
         raise ConfigError("only a gat has heads", got=f"model={model!r}, heads={heads}")
     heads = 8 if heads is None else heads
     for name, value in (("hidden", hidden), ("layers", layers), ("heads", heads)):
@@ -285,7 +301,7 @@ def build_model(
             raise ConfigError(f"{name} must be at least 1", got=value)
     if not 0 <= dropout < 1:
         raise ConfigError("dropout must be in [0, 1)", got=dropout)
-    if model == "gat" and hidden % heads:
+    if attends and hidden % heads:
         raise ConfigError(
             "hidden must be a multiple of heads", got=f"hidden={hidden}, heads={heads}"
         )
@@ -294,8 +310,9 @@ def build_model(
     with seeded("model", seed):
         if model == "gcn":
             return GCN(*shape, **common)
-        if model == "gat":
-            return GAT(*shape, heads=heads, **common)
+        if attends:
+            edge_dim = data.num_edge_features or None
+            return GAT(*shape, heads=heads, v2=model == "gatv2", edge_dim=edge_dim, **common)
         return GraphSAGE(*shape, concat=model == "sage-concat", **common)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import types
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -26,30 +26,53 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Number of nodes in each split."""
+    """Number of nodes in each split; None where it is not known."""
 
-    train: int
-    val: int
-    test: int
+    train: int | None
+    val: int | None
+    test: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperResult:
-    """Table 1 of the GIST paper (Wolfe et al., arXiv 2102.10424): its settings and accuracies.
+    """One row of a table of the GIST paper (Wolfe et al., arXiv 2102.10424).
 
     Attributes:
-        layers: Layers of the GCN.
+        table: Number of the table.
+        model: Name of the reference model.
+        layers: Number of layers.
         hidden: Width of each hidden layer.
-        epochs: Total budget.
-        local_steps: Steps between two merges.
-        accuracy: Test accuracy in percent for each number of subnets; 1 is the full model.
+        accuracy: Test accuracy or F1 in percent for each number of subnets; 1 is the full model.
     """
 
+    table: int
+    model: str
     layers: int
     hidden: int
+    accuracy: dict[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Settings and results of the GIST paper; None for a setting that it does not give.
+
+    Attributes:
+        epochs: Total budget.
+        local_steps: Steps between two merges.
+        clusters: Parts the graph was cut into; None for full batches.
+        clusters_per_batch: Clusters of a batch.
+        lr: Learning rate.
+        dropout: Share of activations dropped.
+        results: Rows of its tables.
+    """
+
     epochs: int
     local_steps: int
-    accuracy: dict[int, float]
+    clusters: int | None = None
+    clusters_per_batch: int | None = None
+    lr: float | None = None
+    dropout: float | None = None
+    results: list[PaperResult]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +138,17 @@ class Card:
         task: Kind of labels.
         metric: What is reported.
         split: Nodes in each split.
-        checksums: Raw files, as paths below the data folder, with their SHA-256; None where it is
-            not known. Empty for generated data.
-        paper: The GIST paper's results, None where it has none.
+        checksums: Raw files, as paths below the dataset's folder, with their SHA-256; None where
+            it is not known. Empty for generated data.
+        paper: The GIST paper's settings and results, None where it has none.
         settings: Where to start training from.
         note: Anything else worth knowing.
+        folders: Names that the dataset's folder may have below a data folder; downloads go to the
+            first.
+        edge_features: Number of features of an edge.
+        urls: What to download, by where it goes below the dataset's folder: a file; or, where that
+            ends in ``/``, an archive to unpack there. A URL that ends in ``/`` as well stands for
+            all raw files there.
     """
 
     name: str
@@ -135,9 +164,17 @@ class Card:
     metric: Metric
     split: Split
     checksums: dict[str, str | None]
-    paper: PaperResult | None
+    paper: Paper | None
     settings: Settings
     note: str
+    folders: list[str] = field(default_factory=list)
+    urls: dict[str, str] = field(default_factory=dict)
+    edge_features: int = 0
+
+    @property
+    def files(self) -> list[str]:
+        """Raw files, as paths below a data folder; none for generated data."""
+        return [f"{self.folders[0]}/{file}" for file in self.checksums]
 
     def settings_for(self, num_subnets: int) -> dict[str, Any]:
         """Recommended settings for m subnets: the defaults, changed as the card says.
@@ -204,6 +241,12 @@ def read_card(path: Path) -> Card:
     _require(card.task in METRICS, f"{path.name}: task", card.task, " or ".join(METRICS))
     metrics = METRICS[card.task]
     _require(card.metric in metrics, f"{path.name}: metric", card.metric, " or ".join(metrics))
+    _require(
+        not card.checksums or bool(card.folders and card.urls),
+        f"{path.name}: raw files without a place or a source",
+        f"folders {card.folders}, urls {card.urls}",
+        "at least one of each",
+    )
     _check_phases(card.settings.defaults.num_subnets, f"{path.name}: settings.defaults.num_subnets")
     for m, changes in card.settings.subnets.items():
         _require(
@@ -218,7 +261,7 @@ def read_card(path: Path) -> Card:
 def _record(cls: type[_Record], raw: Any, where: str) -> _Record:
     """A dataclass from a mapping with its fields; those with a default may be left out."""
     types_ = get_type_hints(cls)
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     _require(isinstance(raw, dict), where, type(raw).__name__, f"a mapping with {', '.join(names)}")
     if unknown := [str(key) for key in raw if key not in names]:
         close = difflib.get_close_matches(unknown[0], names, n=1)
@@ -228,7 +271,7 @@ def _record(cls: type[_Record], raw: Any, where: str) -> _Record:
             expected=", ".join(names),
             remedy=f"did you mean {close[0]!r}?" if close else None,
         )
-    needed = [field.name for field in fields(cls) if field.default is MISSING]  # type: ignore[arg-type]
+    needed = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]  # type: ignore[arg-type]
     missing = [name for name in needed if name not in raw]
     _require(not missing, f"{where}: missing key", ", ".join(missing), ", ".join(names))
     return cls(**{name: _value(types_[name], raw[name], f"{where}: {name}") for name in raw})
@@ -284,23 +327,31 @@ def _folder() -> Path:
     )
 
 
-def readme() -> str:
-    """The text of ``datasets/README.md``: one row for each card."""
+def table() -> list[list[str]]:
+    """A head, then one row for each card."""
     head = ["name", "what", "nodes", "edges", "features", "classes", "task and metric"]
-    head += ["train / val / test", "licence", "source"]
-    rows = [head, ["---"] * len(head)]
+    rows = [[*head, "train / val / test", "licence", "source"]]
     for card in map(load_card, list_cards()):
-        split = f"{card.split.train:,} / {card.split.val:,} / {card.split.test:,}"
+        split = [card.split.train, card.split.val, card.split.test]
         counts = (f"{n:,}" for n in (card.nodes, card.edges, card.features, card.classes))
         task = f"{card.task}, {card.metric}"
-        rows.append([f"`{card.name}`", card.title, *counts, task, split, card.licence, card.source])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts = " / ".join("?" if n is None else f"{n:,}" for n in split)
+        rows.append([card.name, card.title, *counts, task, parts, card.licence, card.source])
+    return rows
+
+
+def readme() -> str:
+    """The text of ``datasets/README.md``: one row for each card."""
+    head, *rows = table()
+    rows = [head, ["---"] * len(head), *([f"`{name}`", *rest] for name, *rest in rows)]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         "# Dataset cards\n\n"
         "One YAML file per dataset: source, licence, statistics, checksums of the raw files, the\n"
         "GIST paper's results and our settings. Edges are directed edges as stored: an undirected\n"
-        "edge counts twice. This table is written by `python -m gist.graph.cards`.\n\n"
-        f"{table}\n"
+        "edge counts twice. What is not known is a `?`. This table is written by\n"
+        "`python -m gist.graph.cards`.\n\n"
+        f"{lines}\n"
     )
 
 

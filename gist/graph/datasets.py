@@ -1,200 +1,190 @@
 """Datasets by name: generated ones at once, downloaded ones from a folder with their raw files.
 
-Raw files lie below a data folder as ``planetoid/Cora/raw/ind.cora.x``. The folder is ``root=``, or
-``GIST_DATA`` (only ever read) and then the cache: ``GIST_CACHE``, by default ``~/.cache/gist``.
-Raw files are checked against the card and parsed each time: nothing else is written or unpickled.
+:mod:`gist.graph.places` says where raw files lie. The small ones are verified and parsed each time;
+what is made of the large ones is kept (:mod:`gist.graph.processed`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import inspect
 import os
-import pickle
-import shutil
-import tempfile
-import urllib.request
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch_geometric.datasets import Planetoid
-from torch_geometric.io import read_planetoid_data
-from torch_geometric.transforms import NormalizeFeatures
+import numpy as np
+from torch_geometric.datasets import PPI, Flickr, Reddit, Yelp
 
-from gist.errors import ConfigError, DataError
-from gist.graph.cards import Card, load_card
+from gist.errors import ConfigError
+from gist.graph.cards import Card, list_cards, load_card
+from gist.graph.convert import as_mask
 from gist.graph.data import GraphData
-from gist.graph.generate import csbm, digits
-
-_TIMEOUT_SECONDS = 60
+from gist.graph.download import fetch
+from gist.graph.generate import arxiv_like, csbm, digits
+from gist.graph.ogb_files import read_arxiv, read_products, read_proteins
+from gist.graph.places import data_folders, find_raw, not_there, verify
+from gist.graph.processed import kept_folder, kept_graph
+from gist.graph.pyg_files import read_planetoid, read_ppi, read_single
 
 
 def load_dataset(
     name: str, /, *, root: str | Path | None = None, seed: int = 0, **options: Any
 ) -> GraphData:
-    """A dataset by name; never touches the network.
+    """A dataset by name, or a saved graph by its path; never touches the network.
 
     Args:
-        name: ``"digits"``, ``"csbm"``, ``"cora"``, ``"citeseer"`` or ``"pubmed"``.
-        root: Folder to read raw files from, in place of ``GIST_DATA`` and the cache.
+        name: A name that :func:`gist.graph.cards.list_cards` lists; or what
+            :meth:`GraphData.load` takes: a path ends in ``.npz``, has a separator, or exists.
+        root: Folder to read raw files from, in place of ``GIST_DATA`` and the cache; what is made
+            of large ones is kept there too, if it may be written to.
         seed: What a random graph is drawn from; of no effect on fixed data.
-        **options: Planetoid: ``normalize_features=True`` scales each row of word counts to sum 1,
-            as is usual (Kipf & Welling, 2017). digits and csbm: the arguments of
-            :func:`gist.graph.generate.digits` and :func:`gist.graph.generate.csbm`.
+        **options: cora, citeseer, pubmed: ``normalize_features=True`` scales each row of word
+            counts to sum 1, as is usual (Kipf & Welling, 2017). ogbn-arxiv: ``symmetrize=True``
+            gives each edge its reverse. ogbn-proteins: ``edge_features=True`` keeps the features
+            of the edges. digits and csbm: the arguments of :func:`gist.graph.generate.digits` and
+            :func:`gist.graph.generate.csbm`.
 
     Raises:
         ConfigError: an unknown dataset or option; lists the known ones.
         DataError: raw files are missing (says which go where) or damaged (names them).
+        MissingDependencyError: a package that reads them is not installed.
     """
-    card = load_card(name)
+    card = find_card(name, options)
+    if card is None:
+        return GraphData.load(name)
     load = _LOADERS[card.name]
-    accepted = inspect.signature(load).parameters.keys() - {"card", "root", "seed"}
-    if unknown := sorted(options.keys() - accepted):
+    parameters = inspect.signature(load).parameters
+    every = _every_option(card, options)
+    if "folder" not in parameters:
+        given = {"root": root, "seed": seed}
+        return load(**{key: given[key] for key in given.keys() & parameters.keys()}, **options)
+
+    def read(folder: Path) -> GraphData:
+        verify(card, folder)
+        return load(folder=folder, card=card, **options)
+
+    if is_kept(card):
+        return kept_graph(card, root, every, read)
+    if (folder := find_raw(card, root)) is None:
+        raise not_there(card, root)
+    return read(folder)
+
+
+def _every_option(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a dataset, those that are given and the others at their defaults.
+
+    Raises:
+        ConfigError: one that it does not have, or a switch that is no boolean.
+    """
+    parameters = inspect.signature(_LOADERS[card.name]).parameters
+    accepted = {key: p.default for key, p in parameters.items() if key not in _GIVEN}
+    if unknown := sorted(options.keys() - accepted.keys()):
         raise ConfigError(
             f"options that {card.name} does not have",
             got=", ".join(unknown),
-            expected=" or ".join(sorted(accepted)),
+            expected=" or ".join(sorted(accepted)) or "none",
         )
-    given = {"card": card, "root": root, "seed": seed}
-    taken = {key: given[key] for key in given.keys() & inspect.signature(load).parameters.keys()}
-    return load(**taken, **options)
+    for key, value in options.items():
+        if isinstance(accepted[key], bool) and not isinstance(value, bool):
+            raise ConfigError(f"{key} is switched on or off", got=repr(value), expected="a boolean")
+    return {**accepted, **options}
 
 
-def prepare_dataset(name: str, root: str | Path | None = None) -> Path | None:
-    """Downloads the raw files of a dataset, unless they are there, and verifies them.
+def find_card(name: str, options: Mapping[str, Any] | None = None) -> Card | None:
+    """The card of a dataset; None where the name is the path of a saved graph.
+
+    A path ends in ``.npz``, has a separator in it, or exists. A known name is never one.
+
+    Raises:
+        ConfigError: an unknown dataset, or options for a saved graph.
+    """
+    is_path = name.endswith(".npz") or os.sep in name or Path(name).exists()
+    if name.lower() in list_cards() or not is_path:
+        return load_card(name)
+    if options:
+        raise ConfigError(
+            "a saved graph has no options",
+            got=f"{', '.join(sorted(options))} for {name}",
+            remedy="leave them out; the graph is what it was when it was saved",
+        )
+    return None
+
+
+def is_kept(card: Card) -> bool:
+    """Whether what is made of a dataset's raw files is kept, and mapped into memory from there."""
+    return bool(card.checksums) and card.name not in _READ_EACH_TIME
+
+
+def prepare_dataset(name: str, root: str | Path | None = None, **options: Any) -> Path | None:
+    """Downloads the raw files of a dataset, unless they are there, verifies and reads them.
+
+    What takes long to read is kept, so that :func:`load_dataset` has it at once.
 
     Args:
         name: As for :func:`load_dataset`.
         root: Folder to put them in, in place of the cache.
+        **options: As for :func:`load_dataset`.
 
     Returns:
-        The data folder that holds them; None where the dataset is generated and needs none.
+        The dataset's folder; of what was kept, where the raw files were deleted since; None where
+        the dataset is generated and needs none.
 
     Raises:
-        ConfigError: an unknown dataset.
+        ConfigError: an unknown dataset or option.
         DataError: the download failed, or what came is not what the card says. Then nothing is
             left behind.
+        MissingDependencyError: a package that reads the files is not installed.
     """
     card = load_card(name)
     if not card.checksums:
         return None
-    for place in data_folders(root):
-        if not missing_files(card, place):
-            _verify(card, place)
-            return place
-    target = data_folders(root)[-1]
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{card.name}-", dir=target) as folder:
-        for file in card.checksums:
-            _download(f"{Planetoid.url}/{Path(file).name}", Path(folder) / file)
-        _verify(card, Path(folder))
-        for file in card.checksums:
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            (Path(folder) / file).replace(target / file)
-    return target
+    every = _every_option(card, options)
+    folder = find_raw(card, root)
+    if folder is not None:
+        verify(card, folder)
+    else:
+        folder = kept_folder(card, root, every) or fetch(card, data_folders(root)[-1])
+    load_dataset(name, root=root, **options)
+    return folder
 
 
-def _planetoid(
-    folder: str, card: Card, root: str | Path | None, *, normalize_features: bool = True
-) -> GraphData:
-    """Cora, CiteSeer or PubMed with the public split (Yang, Cohen & Salakhutdinov, ICML 2016)."""
-    place = _find(card, root)
-    _verify(card, place)
-    raw = place / "planetoid" / folder / "raw"
-    try:
-        with warnings.catch_warnings():  # the files are pickles of an old numpy and scipy
-            warnings.simplefilter("ignore")
-            data = read_planetoid_data(str(raw), folder)
-    except (EOFError, pickle.UnpicklingError, ValueError, IndexError, RuntimeError) as error:
-        raise DataError(
-            f"cannot read the raw files in {raw}",
-            got=error,
-            remedy=f"delete them and run `gist prepare {card.name}`",
-        ) from error
-    if normalize_features:
-        data = NormalizeFeatures()(data)
-    graph = GraphData.from_pyg(data, name=card.name)
-    got = (graph.num_nodes, graph.num_edges, graph.num_features, graph.num_classes)
-    expected = (card.nodes, card.edges, card.features, card.classes)
-    if got != expected:
-        raise DataError(
-            f"the raw files in {raw} are not those of {card.name}",
-            got="{:,} nodes, {:,} edges, {:,} features, {:,} classes".format(*got),
-            expected="{:,}, {:,}, {:,} and {:,}".format(*expected),
-            remedy=f"delete them and run `gist prepare {card.name}`",
-        )
-    return graph
+def _amazon2m(root: str | Path | None) -> GraphData:
+    """The graph of ogbn-products with a random split; the card says how it differs from others."""
+    graph = load_dataset("ogbn-products", root=root)
+    nodes = graph.num_nodes
+    train = nodes * 1_709_997 // 2_449_029  # of Cluster-GCN; in proportion, if ever of others
+    last = train + -(-(nodes - train) // 10)
+    order = np.random.default_rng(0).permutation(nodes)
+    return replace(
+        graph,
+        train_mask=as_mask("train", order[:train], nodes),
+        val_mask=as_mask("val", order[train:last], nodes),
+        test_mask=as_mask("test", order[last:], nodes),
+        name="amazon2m",
+    )
 
+
+_GIVEN = frozenset({"card", "folder", "root", "seed"})
+"""Arguments of loaders that are no options: all take some of them."""
 
 _LOADERS: dict[str, Callable[..., GraphData]] = {
     "digits": digits,
     "csbm": csbm,
-    "cora": partial(_planetoid, "Cora"),
-    "citeseer": partial(_planetoid, "CiteSeer"),
-    "pubmed": partial(_planetoid, "PubMed"),
+    "arxiv-like": arxiv_like,
+    "cora": partial(read_planetoid, "Cora"),
+    "citeseer": partial(read_planetoid, "CiteSeer"),
+    "pubmed": partial(read_planetoid, "PubMed"),
+    "ogbn-arxiv": read_arxiv,
+    "ogbn-products": read_products,
+    "ogbn-proteins": read_proteins,
+    "amazon2m": _amazon2m,
+    "reddit": partial(read_single, Reddit),
+    "flickr": partial(read_single, Flickr),
+    "yelp": partial(read_single, Yelp),
+    "ppi": partial(read_ppi, PPI),
 }
 
-
-def data_folders(root: str | Path | None) -> list[Path]:
-    """Folders to look in; the last is the one to write to."""
-    if root is not None:
-        return [Path(root).expanduser()]
-    data = os.environ.get("GIST_DATA")
-    cache = Path(os.environ.get("GIST_CACHE") or "~/.cache/gist").expanduser()
-    return [Path(data).expanduser(), cache] if data else [cache]
-
-
-def missing_files(card: Card, place: Path) -> list[str]:
-    """Raw files of a dataset that a data folder lacks."""
-    return [file for file in card.checksums if not (place / file).is_file()]
-
-
-def _find(card: Card, root: str | Path | None) -> Path:
-    places = data_folders(root)
-    for place in places:
-        if not missing_files(card, place):
-            return place
-    searched = "; ".join(
-        f"{place} lacks {', '.join(missing_files(card, place))}" for place in places
-    )
-    raise DataError(
-        f"the raw files of {card.name} are not there",
-        got=searched,
-        expected="all of them in one of these folders",
-        remedy=f"run `gist prepare {card.name}`, which downloads them, or set GIST_DATA to a "
-        "folder that holds them",
-    )
-
-
-def _verify(card: Card, place: Path) -> None:
-    for file, expected in card.checksums.items():
-        if expected is not None:
-            with (place / file).open("rb") as stream:
-                got = hashlib.file_digest(stream, "sha256").hexdigest()
-            if got != expected:
-                raise DataError(
-                    f"{place / file} is damaged or of another version",
-                    got=f"SHA-256 {got}",
-                    expected=expected,
-                    remedy=f"delete it and run `gist prepare {card.name}`",
-                )
-
-
-def _download(url: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with (
-            urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as stream,
-            path.open("wb") as target,
-        ):
-            shutil.copyfileobj(stream, target)
-    except (OSError, http.client.HTTPException) as error:
-        raise DataError(
-            f"cannot download {url}",
-            got=error,
-            remedy="check the network, or copy the raw files into GIST_DATA by hand",
-        ) from error
+_READ_EACH_TIME = frozenset({"cora", "citeseer", "pubmed"})
+"""Datasets of which reading takes no longer than what was kept would."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gist.errors import ConfigError, DataError
 from gist.graph.adjacency import Adjacency
-from gist.graph.datasets import data_folders
+from gist.graph.places import data_folders
 from gist.partition.streams import stream
 
 Method = Literal["metis", "random"]

@@ -16,9 +16,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.datasets import Planetoid
+from torch_geometric.utils import coalesce
 
+from gist.config import GraphConfig, TrainConfig, split_settings
 from gist.errors import ConfigError, DataError
-from gist.graph import cards, datasets
+from gist.experiment import MODEL_SETTINGS, MODELS
+from gist.graph import cards, datasets, download
 from gist.graph.adjacency import Adjacency
 from gist.graph.cards import Card, list_cards, load_card, read_card, readme
 from gist.graph.datasets import load_dataset, prepare_dataset
@@ -57,8 +60,16 @@ def tiny(monkeypatch, tmp_path):
         (raw / f"ind.pubmed.{name}").write_bytes(pickle.dumps(part, protocol=2))
     (raw / "ind.pubmed.test.index").write_text("\n".join(map(str, range(labelled, len(y)))) + "\n")
     card = dataclasses.replace(load_card("pubmed"), nodes=len(y), edges=2 * len(y), features=5)
+    card = dataclasses.replace(card, urls={"raw/": f"{raw.as_uri()}/"})
     monkeypatch.setattr(datasets, "load_card", lambda name: card)
+    monkeypatch.setattr(download, "_TRIES", 1)
     return root
+
+
+def from_nowhere(monkeypatch):
+    """From now on a download of the tiny "pubmed" fails."""
+    card = dataclasses.replace(datasets.load_card("pubmed"), urls={"raw/": "file:///nowhere/"})
+    monkeypatch.setattr(datasets, "load_card", lambda name: card)
 
 
 def state_of(folder):
@@ -198,13 +209,25 @@ def test_csbm_with_200_000_nodes_takes_seconds():
 
 
 def test_all_cards_are_listed_and_sound():
-    assert list_cards() == ["citeseer", "cora", "csbm", "digits", "pubmed"]
     for name in list_cards():
         card = load_card(name)
         assert isinstance(card, Card)
         assert card.name == name
+        assert all(file in card.checksums or file.endswith("/") for file in card.urls)
     assert load_card("Cora") == load_card("cora")
     assert datasets._LOADERS.keys() == set(list_cards())
+
+
+@pytest.mark.parametrize("name", list_cards())
+def test_settings_of_a_card_make_a_run(name):
+    card = load_card(name)
+    for m in (1, 2, 4, 8):
+        chosen = card.settings_for(m) | {"num_subnets": m}
+        model = {key: chosen.pop(key) for key in MODEL_SETTINGS if key in chosen}
+        assert model["model"] in MODELS
+        graph, training = split_settings(chosen, GraphConfig, TrainConfig)
+        TrainConfig.from_settings(training)
+        GraphConfig(**graph)
 
 
 def test_settings_apply_from_their_number_of_subnets_on():
@@ -220,12 +243,26 @@ def test_settings_apply_from_their_number_of_subnets_on():
 @pytest.mark.parametrize("name", ["cora", "citeseer", "pubmed"])
 def test_planetoid_cards_hold_the_papers_table(name):
     paper = load_card(name).paper
-    assert (paper.layers, paper.hidden, paper.epochs, paper.local_steps) == (3, 256, 400, 20)
-    assert set(paper.accuracy) == {1, 2, 4, 8}
+    assert (paper.epochs, paper.local_steps, paper.clusters) == (400, 20, None)
+    (result,) = paper.results
+    assert (result.table, result.model, result.layers, result.hidden) == (1, "gcn", 3, 256)
+    assert set(result.accuracy) == {1, 2, 4, 8}
+
+
+def test_the_card_of_amazon2m_holds_the_papers_tables():
+    card, products = load_card("amazon2m"), load_card("ogbn-products")
+    assert (card.nodes, card.edges, card.files) == (products.nodes, products.edges, products.files)
+    assert card.split.train == 1_709_997
+    assert card.split.val + card.split.test == 739_032
+    by_table = {table: [r for r in card.paper.results if r.table == table] for table in (2, 3)}
+    assert {(r.layers, r.hidden) for r in by_table[2]} == {
+        (2, 400), (4, 400), (2, 4096), (3, 4096), (4, 4096),
+    }  # fmt: skip
+    assert all(1 not in r.accuracy for r in by_table[3] if r.hidden > 4096), "out of memory"
 
 
 def test_unknown_cards_list_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'coar'; expected: citeseer or cora.*mean 'cora'"):
+    with pytest.raises(ConfigError, match=r"'coar'; expected: .*citeseer or cora or.*mean 'cora'"):
         load_card("coar")
     with pytest.raises(ConfigError, match=r"unknown dataset; got: 'zzz'; expected: [^;]*$"):
         load_dataset("zzz")
@@ -357,14 +394,14 @@ def test_cora_equals_what_pyg_makes_of_it(real_data_root, tmp_path):
     (tmp_path / "Cora" / "raw").symlink_to(real_data_root / "planetoid" / "Cora" / "raw")
     theirs = Planetoid(str(tmp_path), "Cora")[0]
     ours = load_dataset("cora", root=real_data_root, normalize_features=False)
-    assert torch.equal(ours.edge_index, theirs.edge_index)
+    assert torch.equal(ours.edge_index, coalesce(theirs.edge_index))
     for name in ("x", "y", "train_mask", "val_mask", "test_mask"):
         assert torch.equal(getattr(ours, name), theirs[name]), name
 
 
 @pytest.mark.realdata
 def test_damaged_raw_files_are_named(real_data_root, tmp_path):
-    for file in load_card("cora").checksums:
+    for file in load_card("cora").files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes((real_data_root / file).read_bytes())
     with (tmp_path / "planetoid/Cora/raw/ind.cora.tx").open("ab") as stream:
@@ -453,27 +490,39 @@ def test_generated_datasets_need_no_preparing():
 
 def test_preparing_downloads_into_the_cache_once(tiny, places, monkeypatch):
     data, cache = places
-    monkeypatch.setattr(Planetoid, "url", (tiny / "planetoid/PubMed/raw").as_uri())
-    assert prepare_dataset("pubmed") == cache
+    assert prepare_dataset("pubmed") == cache / "planetoid" / "PubMed"
     assert not any(data.iterdir())
     assert [path.name for path in cache.iterdir()] == ["planetoid"]
     assert load_dataset("pubmed").num_nodes == 510
-    monkeypatch.setattr(Planetoid, "url", "file:///nowhere")
-    assert prepare_dataset("pubmed") == cache
+    from_nowhere(monkeypatch)
+    assert prepare_dataset("pubmed") == cache / "planetoid" / "PubMed"
 
 
 def test_preparing_takes_what_is_in_the_data_folder(tiny, places, monkeypatch):
     monkeypatch.setenv("GIST_DATA", str(tiny))
-    monkeypatch.setattr(Planetoid, "url", "file:///nowhere")
-    assert prepare_dataset("pubmed") == tiny
+    from_nowhere(monkeypatch)
+    assert prepare_dataset("pubmed") == tiny / "planetoid" / "PubMed"
     assert not any(places[1].iterdir())
+
+
+def test_files_that_were_put_there_are_not_downloaded(tiny, places):
+    graph = tiny / "planetoid/PubMed/raw/ind.pubmed.graph"
+    there = places[1] / "planetoid/PubMed/raw" / graph.name
+    there.parent.mkdir(parents=True)
+    graph.rename(there)
+    with pytest.raises(DataError, match=r"lacks planetoid/PubMed/raw/ind\.pubmed\.x,"):
+        load_dataset("pubmed")
+    assert prepare_dataset("pubmed") == places[1] / "planetoid" / "PubMed"
+    assert not there.is_symlink()
 
 
 def test_a_failed_download_leaves_nothing(tiny, places, monkeypatch):
     (tiny / "planetoid/PubMed/raw/ind.pubmed.graph").unlink()
-    monkeypatch.setattr(Planetoid, "url", (tiny / "planetoid/PubMed/raw").as_uri())
-    with pytest.raises(DataError, match=r"cannot download file:.*graph.*by hand"):
+    with pytest.raises(DataError) as raised:
         prepare_dataset("pubmed")
+    message = str(raised.value)
+    assert "cannot download file:" in message
+    assert f"put it at {places[1]}/planetoid/PubMed/raw/ind.pubmed.graph" in message
     assert not any(places[1].iterdir())
 
 
@@ -482,8 +531,7 @@ def test_a_download_of_another_version_leaves_nothing(tiny, places, monkeypatch)
     wrong = dict.fromkeys(card.checksums, hashlib.sha256(b"other").hexdigest())
     card = dataclasses.replace(card, checksums=wrong)
     monkeypatch.setattr(datasets, "load_card", lambda name: card)
-    monkeypatch.setattr(Planetoid, "url", (tiny / "planetoid/PubMed/raw").as_uri())
-    with pytest.raises(DataError, match=r"ind\.pubmed\.x is damaged or of another version"):
+    with pytest.raises(DataError, match=r"PubMed/raw/ind\.pubmed\.x is damaged or of another"):
         prepare_dataset("pubmed")
     assert not any(places[1].iterdir())
 

@@ -1,0 +1,116 @@
+"""Where the files of datasets lie, which of them are missing, and whether they are what they were.
+
+Raw files lie in the dataset's folder below a data folder, as ``planetoid/Cora/raw/ind.cora.x``. The
+data folder is ``root=``, or ``GIST_DATA`` (only ever read) and then the cache: ``GIST_CACHE``, by
+default ``~/.cache/gist``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from gist.errors import DataError
+from gist.graph.cards import Card
+
+SUMS = "SHA256SUMS"
+"""In a dataset's folder: sums that the card does not have, from when files were downloaded."""
+
+
+def data_folders(root: str | Path | None) -> list[Path]:
+    """Folders to look in; the last is the one to write to."""
+    if root is not None:
+        return [Path(root).expanduser()]
+    data = os.environ.get("GIST_DATA")
+    cache = Path(os.environ.get("GIST_CACHE") or "~/.cache/gist").expanduser()
+    return [Path(data).expanduser(), cache] if data else [cache]
+
+
+def missing_files(card: Card, place: Path) -> list[str]:
+    """Raw files of a dataset that a data folder lacks, as paths below it."""
+    if _complete_folder(card, place) is not None:
+        return []
+    return [file for file in card.files if not (place / file).is_file()]
+
+
+def find_raw(card: Card, root: str | Path | None) -> Path | None:
+    """The dataset's folder with all raw files, in the first data folder that has them; or None."""
+    folders = (_complete_folder(card, place) for place in data_folders(root))
+    return next((folder for folder in folders if folder is not None), None)
+
+
+def _complete_folder(card: Card, place: Path) -> Path | None:
+    folders = (place / name for name in card.folders)
+    return next((f for f in folders if all((f / file).is_file() for file in card.checksums)), None)
+
+
+def not_there(card: Card, root: str | Path | None) -> DataError:
+    """The error that tells where which raw files are missing."""
+    searched = (
+        f"{place} lacks {', '.join(missing_files(card, place))}" for place in data_folders(root)
+    )
+    return DataError(
+        f"the raw files of {card.name} are not there",
+        got="; ".join(searched),
+        expected="all of them in one of these folders",
+        remedy=f"run `gist prepare {card.name}`, which downloads them, or set GIST_DATA to a "
+        "folder that holds them",
+    )
+
+
+def verify(card: Card, folder: Path, *, new: Path | None = None) -> None:
+    """Compares raw files with their SHA-256 on the card, or from when they were downloaded.
+
+    Args:
+        card: Of the dataset.
+        folder: The dataset's folder.
+        new: Where files lie that are meant for that folder; None for those that are in it.
+
+    Raises:
+        DataError: a file is another one.
+    """
+    for file, expected in known_sums(card, folder).items():
+        if (got := _sha256((new or folder) / file)) != expected:
+            remedy = f"delete it and run `gist prepare {card.name}`"
+            if card.checksums[file] is None:
+                remedy += f"; or delete {folder / SUMS} too, if a new version is meant"
+            raise DataError(
+                f"{folder / file} is damaged or of another version",
+                got=f"SHA-256 {got}",
+                expected=expected,
+                remedy=remedy,
+            )
+
+
+def known_sums(card: Card, folder: Path) -> dict[str, str]:
+    """SHA-256 of raw files, of those that it is known of."""
+    recorded: Mapping[str, str] = {}
+    if (folder / SUMS).is_file():
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        recorded = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+    sums = {file: known or recorded.get(file) for file, known in card.checksums.items()}
+    return {file: digest for file, digest in sums.items() if digest is not None}
+
+
+def sums_known(card: Card, folder: Path) -> str:
+    """What raw files were compared with, in words."""
+    known = known_sums(card, folder)
+    listed = sum(card.checksums[file] is not None for file in known)
+    counts = {"on its card": listed, f"in {folder / SUMS}": len(known) - listed}
+    found = [f"{count} {where}" for where, count in counts.items() if count]
+    return f"checksums of {len(card.checksums)} raw files: {', '.join(found) or 'none is known'}"
+
+
+def record_sums(card: Card, folder: Path) -> None:
+    """Writes down the SHA-256 of files that the card has none of, as ``sha256sum -c`` reads it."""
+    unknown = [file for file, known in card.checksums.items() if known is None]
+    if unknown:
+        lines = (f"{_sha256(folder / file)}  {file}\n" for file in unknown)
+        (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

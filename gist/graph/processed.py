@@ -1,0 +1,124 @@
+"""Graphs that took long to read, kept: the next time they are mapped into memory at once.
+
+A kept graph lies in ``processed/`` of a data folder, named by dataset and options, and holds from
+which raw files it was made. It is made again where these, or this package's way of reading them,
+have changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gist.errors import DataError
+from gist.graph.cards import Card
+from gist.graph.data import GraphData
+from gist.graph.places import data_folders, find_raw, not_there
+
+_FORMAT = 1
+"""Raised when raw files are read in another way, so that what was made of them is made again."""
+
+_SOURCE = "source.json"
+
+
+def kept_graph(
+    card: Card,
+    root: str | Path | None,
+    options: Mapping[str, Any],
+    read: Callable[[Path], GraphData],
+) -> GraphData:
+    """The graph that was kept, or that is read now and then kept where that is possible.
+
+    Args:
+        card: Of the dataset.
+        root: As for :func:`gist.load_dataset`.
+        options: All options of the dataset, those left at their default too.
+        read: Makes the graph of the raw files in the dataset's folder.
+
+    Raises:
+        DataError: neither the raw files nor a kept graph are there, or the raw files are damaged.
+    """
+    raw = find_raw(card, root)
+    source, places = _source(card, raw), _places(card, root, options)
+    if (graph := _find(places, source)) is not None:
+        return graph
+    if raw is None:
+        raise not_there(card, root)
+    place = places[-1]
+    if not _may_write(place):
+        return read(raw)
+    with _alone_in(place.parent):
+        if (graph := _find(places, source)) is not None:  # another process was first
+            return graph
+        graph = read(raw)
+        shutil.rmtree(place, ignore_errors=True)  # outdated or damaged
+        graph.save(place)
+        (place / _SOURCE).write_text(json.dumps(source, indent=1), encoding="utf-8")
+    return GraphData.load(place)
+
+
+def kept_folder(card: Card, root: str | Path | None, options: Mapping[str, Any]) -> Path | None:
+    """Where a graph was kept that was made from the raw files, or before they were deleted."""
+    source = _source(card, find_raw(card, root))
+    return next((place for place in _places(card, root, options) if _is_of(place, source)), None)
+
+
+def _places(card: Card, root: str | Path | None, options: Mapping[str, Any]) -> list[Path]:
+    """Where a graph may have been kept; the last is where it is kept from now on."""
+    name = "-".join([card.name, *(f"{k}={json.dumps(v)}" for k, v in sorted(options.items()))])
+    return [folder / "processed" / name for folder in data_folders(root)]
+
+
+def _find(places: list[Path], source: dict[str, Any]) -> GraphData | None:
+    """The first kept graph that was made from these raw files, and can be read."""
+    for place in places:
+        if _is_of(place, source):
+            try:
+                return GraphData.load(place)
+            except DataError:  # damaged, or written by another version
+                if source["files"] is None:
+                    raise
+    return None
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits for other processes that are in here: several workers read a dataset once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _source(card: Card, raw: Path | None) -> dict[str, Any]:
+    """What a graph is made from: sizes and times of the raw files, None where they are gone."""
+    files = None
+    if raw is not None:
+        stats = {file: (raw / file).stat() for file in card.checksums}
+        files = {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+    return {"format": _FORMAT, "files": files}
+
+
+def _is_of(place: Path, source: dict[str, Any]) -> bool:
+    """Whether a kept graph was made from these raw files; any will do where they are gone."""
+    try:
+        found = json.loads((place / _SOURCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if source["files"] is None and isinstance(found, dict):
+        return bool(found.get("format") == source["format"])
+    return bool(found == source)
+
+
+def _may_write(place: Path) -> bool:
+    there = next(folder for folder in place.parents if folder.exists())
+    return os.access(there, os.W_OK)
