@@ -21,6 +21,8 @@ from gist.graph.clusters import Cluster
 from gist.graph.data import GraphData
 from gist.graph.datasets import load_dataset, prepare_dataset
 from gist.graph.layer_sampling import LADIES, FastGCN
+from gist.graph.link_metrics import link_scores
+from gist.graph.links import LinkData
 from gist.graph.loaders import PyGLoader
 from gist.graph.outline import GraphShape
 from gist.history import RoundRecord, TrainResult
@@ -67,6 +69,7 @@ __all__ = [
     "GraphData",
     "GraphShape",
     "Layer",
+    "LinkData",
     "MissingDependencyError",
     "OnHeld",
     "Overlapping",
@@ -85,6 +88,7 @@ __all__ = [
     "WorkerLostError",
     "__version__",
     "estimate_costs",
+    "link_scores",
     "load_dataset",
     "local_device",
     "nn",

@@ -38,8 +38,11 @@ from gist.execution.tensorfile import FileLayout, write_tensors
 from gist.graph.batch import BatchRecipe, FullGraph
 from gist.graph.clusters import Cluster
 from gist.graph.data import GraphData
+from gist.graph.dgl_graph import takes_dgl_graph
 from gist.graph.inference import Inference, default_memory_limit
 from gist.graph.layerwise import layerwise_obstacle
+from gist.graph.link_objective import LinkObjective
+from gist.graph.links import LinkData
 from gist.graph.objective import GraphObjective
 from gist.history import RoundRecord, TrainResult, write_history
 from gist.modes import keeps_modes
@@ -270,14 +273,14 @@ class SubnetTrainer:
             One entry: the metric's name and its value.
 
         Raises:
-            ConfigError: the split is unknown, or its labels do not define the metric.
+            ConfigError: the split is unknown, or the metric is not defined on it.
         """
         if split not in ("train", "val", "test"):
             raise ConfigError("unknown split", got=repr(split), expected="'train', 'val' or 'test'")
         with self._as_found():
             metrics = self._metrics()
         if f"{split}_metric" not in metrics:
-            raise ConfigError(f"the labels of the {split} split do not define {self.metric}")
+            raise ConfigError(f"{self.metric} is not defined on the {split} split")
         return {self.metric: metrics[f"{split}_metric"]}
 
     @property
@@ -631,8 +634,11 @@ class GISTTrainer(SubnetTrainer):
 
     Args:
         model: A :mod:`gist.nn` model, a PyG ``GCN``, ``GraphSAGE``, ``GAT`` or ``GIN``, or any
-            module of ``(x, edge_index)`` together with ``wiring``.
-        data: A :class:`~gist.graph.data.GraphData`, or a PyG ``Data``.
+            module of ``(x, edge_index)``, or with layers of DGL of ``(graph, x)``, together with
+            ``wiring``.
+        data: A :class:`~gist.graph.data.GraphData`, or what :meth:`~gist.GraphData.of` takes; or a
+            :class:`~gist.graph.links.LinkData`, to predict links: then the model puts out
+            embeddings.
         wiring: See :class:`SubnetTrainer`.
         config: Settings of the training; or give them as keywords.
         **settings: The attributes of :class:`~gist.config.GraphConfig` and
@@ -653,22 +659,25 @@ class GISTTrainer(SubnetTrainer):
     def __init__(
         self,
         model: nn.Module,
-        data: GraphData | Any,
+        data: GraphData | LinkData | Any,
         *,
         wiring: Wiring | None = None,
         config: TrainConfig | None = None,
         **settings: Any,
     ) -> None:
-        if not isinstance(data, GraphData):
-            data = GraphData.from_pyg(data)
+        if not isinstance(data, LinkData):
+            data = GraphData.of(data)
         self.data = data
         graph, training = split_settings(settings, GraphConfig, TrainConfig)
         self.graph_config = GraphConfig(**graph)
         if config is None:  # checked before a graph is cut
             config, training = TrainConfig.from_settings(training), {}
-        objective = GraphObjective(
+        device = _device_of(model, config)
+        _check_kernels(model, config)
+        kind: Any = LinkObjective if isinstance(data, LinkData) else GraphObjective
+        objective: GraphObjective = kind(
             data,
-            _device_of(model, config),
+            device,
             _recipe(self.graph_config),
             inductive=self.graph_config.inductive,
             evaluation=_evaluation(self.graph_config, config, model),
@@ -729,7 +738,7 @@ class GISTTrainer(SubnetTrainer):
 
     @torch.no_grad()
     def predict(self) -> Tensor:
-        """Scores of every node by the model as it is now: ``[N, num_classes]``."""
+        """Scores, or embeddings, of every node by the model as it is now: ``[N, num_classes]``."""
         assert isinstance(self.objective, GraphObjective)
         with self._as_found():
             if self.spread is not None:
@@ -830,6 +839,17 @@ def _device_of(model: nn.Module, config: TrainConfig) -> torch.device:
     if not parameter.is_meta:
         return parameter.device
     return local_device() if config.backend == "nccl" else torch.device("cpu")
+
+
+def _check_kernels(model: nn.Module, config: TrainConfig) -> None:
+    """Refuses what DGL's kernels cannot do."""
+    for name, plain in (("precision", "full"), ("compile", False)):
+        if getattr(config, name) != plain and takes_dgl_graph(model):
+            raise ConfigError(
+                "DGL's kernels neither follow autocast nor can they be compiled",
+                got=f"{name}={getattr(config, name)!r}",
+                remedy=f"leave {name} out, or use layers of gist.nn or PyTorch Geometric",
+            )
 
 
 def _make_folder(folder: Path) -> None:

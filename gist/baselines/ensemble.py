@@ -18,6 +18,8 @@ from gist.config import TrainConfig
 from gist.errors import ConfigError
 from gist.execution.executor import Executor
 from gist.execution.members import MemberStates, MemberStore
+from gist.graph.data import GraphData
+from gist.graph.links import LinkData
 from gist.graph.metrics import mean_prediction
 from gist.graph.objective import GraphObjective
 from gist.history import TrainResult
@@ -57,10 +59,12 @@ class EnsembleTrainer(GISTTrainer):
         store: The members' tensors.
 
     Raises:
-        ConfigError: a schedule of subnets, or as for :class:`~gist.trainer.GISTTrainer`.
+        ConfigError: a schedule of subnets, links to predict, or as for
+            :class:`~gist.trainer.GISTTrainer`.
     """
 
     store: MemberStore
+    data: GraphData
 
     def __init__(
         self,
@@ -71,6 +75,13 @@ class EnsembleTrainer(GISTTrainer):
         config: TrainConfig | None = None,
         **settings: Any,
     ) -> None:
+        if isinstance(data, LinkData):
+            raise ConfigError(
+                "an ensemble averages class probabilities, and members that never meet put out "
+                "embeddings that have nothing in common",
+                got="LinkData",
+                remedy="use GISTTrainer, also for the full model and local SGD",
+            )
         if config is None:
             settings = ensemble_settings(settings)
         else:

@@ -217,6 +217,18 @@ def compute_metric(metric: Metric, logits: Tensor, y: Tensor, nodes: Tensor | No
         if metric in _RATIOS:
             numerator, denominator = _RATIOS[metric](scores, labels)
             above, below = above + int(numerator), below + int(denominator)
+    refuse_diverged(bad, count)
+    if metric in _RATIOS:
+        return above / below if below else 0.0
+    return _roc_auc(logits, y, nodes)
+
+
+def refuse_diverged(bad: int, count: int) -> None:
+    """Refuses outputs of which any are NaN or infinite.
+
+    Raises:
+        DataError: ``bad`` of ``count`` are.
+    """
     if bad:
         raise DataError(
             "the model's outputs are NaN or infinite: training diverged",
@@ -224,6 +236,3 @@ def compute_metric(metric: Metric, logits: Tensor, y: Tensor, nodes: Tensor | No
             expected="finite outputs",
             remedy="lower the learning rate, or add a normalisation layer",
         )
-    if metric in _RATIOS:
-        return above / below if below else 0.0
-    return _roc_auc(logits, y, nodes)
