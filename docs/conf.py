@@ -4,6 +4,9 @@ import os
 
 import gist
 
+# The reference imports DGL, which writes a file into the home directory if no backend is named.
+os.environ.setdefault("DGLBACKEND", "pytorch")
+
 project = "gist"
 author = "The gist authors"
 copyright = f"2026, {author}"

@@ -27,6 +27,7 @@ from gist.partition.wiring import Wiring, partition_spec
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 LARGE_MODEL_ENTRIES = 50_000_000
 _FEW_UNITS = 8
+_APART = "count dims of features from the end, as flatten(-2) does, or use executor='serial'"
 
 
 @torch.no_grad()
@@ -268,7 +269,7 @@ def _refusing(what: str) -> Iterator[None]:
         raise NotGroupableError(
             what,
             got=(str(error) or type(error).__name__).splitlines()[0],
-            remedy="use executor='serial'",
+            remedy=_APART,
         ) from error
 
 
@@ -278,14 +279,12 @@ def _relative_difference(got: Tensor, expected: Tensor, what: str) -> float:
             what,
             got=f"shape {tuple(got.shape)}",
             expected=tuple(expected.shape),
-            remedy="use executor='serial'",
+            remedy=_APART,
         )
     scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     difference = float((got - expected).abs().max() / scale)
     if not difference <= _TOLERANCE.get(expected.dtype, 3e-2):
-        raise NotGroupableError(
-            what, got=f"relative difference {difference:.2g}", remedy="use executor='serial'"
-        )
+        raise NotGroupableError(what, got=f"relative difference {difference:.2g}", remedy=_APART)
     return difference
 
 

@@ -15,6 +15,9 @@ settings.register_profile(
 )
 settings.load_profile("gist")
 
+# Unless a backend is named, DGL writes a file into the home directory when it is first imported.
+os.environ.setdefault("DGLBACKEND", "pytorch")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start processes take longest, and begin first: none is left for the end."""

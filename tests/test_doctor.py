@@ -16,7 +16,7 @@ from rich.console import Console
 from gist import doctor
 from gist.doctor import Check, Diagnosis, diagnose, render
 from gist.graph.cards import load_card
-from gist.graph.sparse import CSR
+from gist.graph.sparse import CSR, PICKED
 
 
 def find(name: str) -> Check:
@@ -75,6 +75,15 @@ def test_a_graph_product_that_the_user_names(monkeypatch):
     unknown = find("graph product, cpu float32")
     assert (unknown.status, unknown.remedy) == ("warning", "unset GIST_PRODUCT_KERNEL")
     assert "names no kernel" in unknown.detail
+
+
+def test_the_kernel_that_a_trial_picks(monkeypatch):
+    monkeypatch.setenv("GIST_PRODUCT_KERNEL", "fastest")
+    picked = find("graph product, cpu float32").detail
+    assert picked == f"{PICKED['cpu', torch.float32]}, the fastest in a trial (GIST_PRODUCT_KERNEL)"
+    assert find("dgl").detail == f"{version('dgl')}: its kernels run dgl.nn models"
+    monkeypatch.delenv("GIST_PRODUCT_KERNEL")
+    assert find("dgl").detail.endswith("products of other models only with GIST_PRODUCT_KERNEL=dgl")
 
 
 def test_a_product_that_fails_is_a_finding(monkeypatch):
@@ -172,7 +181,7 @@ def test_data_folders_and_datasets(tmp_path, monkeypatch):
 
     monkeypatch.setenv("GIST_DATA", str(data))
     assert find("GIST_DATA").status == "warning"
-    for file in load_card("cora").checksums:
+    for file in load_card("cora").files:
         (data / file).parent.mkdir(parents=True, exist_ok=True)
         (data / file).touch()
     assert find("GIST_DATA").status == "ok"

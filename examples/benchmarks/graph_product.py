@@ -1,10 +1,13 @@
 """The product of a normalised graph with features, by every library at hand: forward and backward.
 
-A random graph of the size of ogbn-arxiv, ``D^-1/2 (A + I) D^-1/2`` times features in float32. The
-kernels take turns, the whole is repeated, and every result is checked against ours. Freed memory is
-kept between the calls, as in a training run, so that no kernel pays for new pages.
+A random graph of the size of ogbn-arxiv, ``D^-1/2 (A + I) D^-1/2`` times features. "gist" is our
+product with the kernel that it takes by itself, "gist, dgl" the same with that one of
+``GIST_PRODUCT_KERNEL``. The kernels take turns, the whole is repeated, and every result is checked
+against ours. Freed memory is kept between the calls, as in a training run, so that no kernel pays
+for new pages.
 
     python examples/benchmarks/graph_product.py
+    python examples/benchmarks/graph_product.py --kernels gist --widths 64 --dtypes float64
     python examples/benchmarks/graph_product.py --quick --json graph_product.json
 """
 
@@ -12,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,9 +28,12 @@ from torch_geometric.nn import MessagePassing
 
 from gist.execution.allocator import keeps_freed_memory
 from gist.graph.adjacency import Adjacency
+from gist.graph.dgl_graph import import_dgl
+from gist.graph.sparse import CSR, KERNELS, SparseMatrix, product_kernel
 
 COLUMNS = (
     "width",
+    "dtype",
     "kernel",
     "forward_seconds",
     "backward_seconds",
@@ -48,6 +53,18 @@ def random_graph(num_nodes: int, num_edges: int) -> Adjacency:
     generator = torch.Generator().manual_seed(0)
     ends = torch.randint(num_nodes, (2, num_edges), generator=generator)
     return Adjacency(torch.cat([ends, ends.flip(0)], dim=1), num_nodes)
+
+
+class OnKernel(CSR):
+    """Compressed rows that are multiplied by one kernel, whatever the rule says."""
+
+    def __init__(self, rows: CSR, kernel: str) -> None:
+        super().__init__(rows.indptr, rows.indices, rows.values, rows.num_cols)
+        self.kernel = KERNELS[kernel]
+
+    def product(self, x: Tensor) -> Tensor:
+        """``[M, d] -> [N, d]``."""
+        return self.kernel(self.indptr, self.indices, self.values, x, self.num_cols)
 
 
 class GatherScatter(MessagePassing):  # type: ignore[misc]  # PyG is untyped
@@ -81,11 +98,15 @@ class ScipyProduct(torch.autograd.Function):
         return torch.from_numpy(ctx.matrix @ grad_outputs[0].numpy()), None
 
 
-def kernels(graph: Adjacency) -> Iterator[tuple[str, Product]]:
+def kernels(graph: Adjacency, dtype: torch.dtype) -> Iterator[tuple[str, Product]]:
     """Every library's product with the same matrix."""
-    ours = graph.gcn
+    ours = graph.matrix("gcn", dtype)
     nodes, rows = graph.num_nodes, ours.rows
+    has_dgl = importlib.util.find_spec("dgl") is not None
     yield "gist", ours.matmul
+    for name in KERNELS:
+        if name != product_kernel("cpu", dtype) and (name != "dgl" or has_dgl):
+            yield f"gist, {name}", SparseMatrix(OnKernel(rows, name), symmetric=True).matmul
 
     compressed = torch.sparse_csr_tensor(
         rows.indptr, rows.indices, rows.values, (nodes, nodes), check_invariants=False
@@ -105,15 +126,20 @@ def kernels(graph: Adjacency) -> Iterator[tuple[str, Product]]:
     matrix = rows.to_scipy()
     yield "scipy", lambda x: ScipyProduct.apply(x, matrix)  # type: ignore[no-untyped-call]
 
-    if importlib.util.find_spec("dgl") is not None:
-        os.environ.setdefault("DGLBACKEND", "pytorch")
-        import dgl
-
+    if has_dgl:
+        dgl = import_dgl()
         dgl_graph = dgl.graph((index[0], index[1]), num_nodes=nodes)
         weight = rows.values.view(-1, 1)
         yield "DGL edge weights", lambda x: dgl.ops.u_mul_e_sum(dgl_graph, x, weight)
-        scale = rows.indptr.diff().float().rsqrt().view(-1, 1)
+        scale = rows.indptr.diff().to(dtype).rsqrt().view(-1, 1)
         yield "DGL node scaling", lambda x: dgl.ops.copy_u_sum(dgl_graph, x * scale) * scale
+
+
+def takes_part(name: str, beginnings: list[str] | None) -> bool:
+    """Whether a kernel is asked for; by default all but those that ours does not take by itself."""
+    if beginnings is None:
+        return not name.startswith("gist, ")
+    return name.startswith(tuple(beginnings))
 
 
 def times(product: Product, x: Tensor, grad: Tensor) -> tuple[float, float]:
@@ -140,20 +166,24 @@ def check(name: str, product: Product, ours: Product, x: Tensor) -> None:
 
 
 def at_width(
-    graph: Adjacency, products: dict[str, Product], width: int, parsed: argparse.Namespace
+    graph: Adjacency,
+    products: dict[str, Product],
+    width: int,
+    dtype: torch.dtype,
+    parsed: argparse.Namespace,
 ) -> list[Row]:
-    """Rows of one width, fastest forward pass first."""
-    x = torch.randn(graph.num_nodes, width, requires_grad=True)
-    grad = torch.randn(graph.num_nodes, width)
+    """Rows of one width and dtype, fastest forward pass first."""
+    x = torch.randn(graph.num_nodes, width, dtype=dtype, requires_grad=True)
+    grad = torch.randn(graph.num_nodes, width, dtype=dtype)
     # A message per edge, scaled; both kept, and both with a gradient.
     messages = 4 * width * graph.gcn.rows.indices.numel() * x.element_size()
-    if messages > psutil.virtual_memory().available:
+    if "PyG edge index" in products and messages > psutil.virtual_memory().available:
         products = {name: each for name, each in products.items() if name != "PyG edge index"}
         print(
             f"width {width}: left out: PyG edge index, whose messages take {messages / 1e9:.0f} GB"
         )
     for name, product in products.items():
-        check(name, product, products["gist"], x)
+        check(name, product, graph.matrix("gcn", dtype).matmul, x)
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in products}
     for _ in range(parsed.repeats):
         for name, product in products.items():
@@ -164,6 +194,7 @@ def at_width(
         rows.append(
             {
                 "width": width,
+                "dtype": str(dtype).removeprefix("torch."),
                 "kernel": name,
                 "forward_seconds": forward,
                 "backward_seconds": backward,
@@ -180,15 +211,23 @@ def main() -> None:
     """Measures and prints."""
     parser = options(__doc__, repeats=7)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float64"])
+    parser.add_argument(
+        "--kernels", nargs="+", help="how their names begin; by default all but our other ones"
+    )
     parsed = parser.parse_args()
     start(parsed)
     warnings.filterwarnings("ignore", "Sparse ")  # torch, of tensors that PyG makes
     graph = random_graph(*(QUICK if parsed.quick else ARXIV))
     edges = graph.gcn.rows.indices.numel()
     print(f"{graph.num_nodes:,} nodes, {edges:,} entries with self loops, {parsed.threads} threads")
-    products = dict(kernels(graph))
+    rows: list[Row] = []
     with keeps_freed_memory(0, 1):
-        rows = [row for width in parsed.widths for row in at_width(graph, products, width, parsed)]
+        for dtype in (getattr(torch, name) for name in parsed.dtypes):
+            every = kernels(graph, dtype)
+            products = {name: each for name, each in every if takes_part(name, parsed.kernels)}
+            for width in parsed.widths:
+                rows += at_width(graph, products, width, dtype, parsed)
     finish(parsed, rows, COLUMNS)
 
 

@@ -9,7 +9,10 @@ and backward alike.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -20,8 +23,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gist.errors import ConfigError, DataError
+from gist.graph.dgl_graph import dgl_graph, import_dgl
 
 SPARSE_BELOW = 0.1
 """Share of entries that are not zero, below which a sparse product beats a dense one here."""
@@ -118,42 +123,115 @@ def _by_sparse_csr(
     return torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False) @ x
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
+def _by_dgl(indptr: Tensor, indices: Tensor, values: Tensor, x: Tensor, num_cols: int) -> Tensor:
+    known = _dgl_graphs.get(indptr)
+    if known is None or known[0] is not indices:
+        own = (indptr.detach(), indices.detach())  # else the graph would keep its own key alive
+        known = _dgl_graphs[indptr] = (indices, dgl_graph(*own, num_cols))
+    out: Tensor = import_dgl().ops.u_mul_e_sum(known[1], x.contiguous(), values.unsqueeze(1))
+    return out
+
+
+_dgl_graphs: Any = WeakIdKeyDictionary()  # for as long as the matrices live
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+KERNELS: dict[str, Kernel] = {
     "embedding_bag": _by_embedding_bag,
     "sparse_csr": _by_sparse_csr,
+    "dgl": _by_dgl,
 }
-"""What a product can run on, by name."""
+"""What a product can run on, by name; ``"dgl"`` where DGL is installed."""
 
 KERNEL_VARIABLE = "GIST_PRODUCT_KERNEL"
-"""Environment variable that names the kernel of every product, instead of the rule."""
+"""Environment variable that names the kernel of every product, instead of the rule.
+
+``"fastest"`` tries all of them at the first product for each type of device and dtype. What is
+picked may differ from run to run, and with it how products are rounded.
+"""
+
+FASTEST = "fastest"
+
+PICKED: dict[tuple[str, torch.dtype], str] = {}
+"""The kernels that ``"fastest"`` stands for so far, by type of device and dtype."""
+
+_TRIAL_WORK = 2**24
+"""Entries times columns of a trial: some milliseconds."""
+
+_TRIAL_CALLS = 3
 
 
 def product_kernel(device: str, dtype: torch.dtype) -> str:
-    """The kernel that products run on: a name in :data:`KERNELS`.
+    """The kernel that products run on.
 
     ``"embedding_bag"`` on the CPU in float32, bfloat16 and float16: it moves each row once, at
     memory bandwidth, and was the fastest at every width from 7 to 4,096 on graphs of 2,000 to
     169,343 nodes (``examples/benchmarks/graph_product.py``). Splitting wide features into blocks of
     columns, and sorting rows by degree, did not pay. In float64 it is far slower than
     ``"sparse_csr"``, which is also what serves on other devices. A fixed rule instead of a trial:
-    the kernels round differently, and a run must be the same bits every time.
+    the kernels round differently, and a run must be the same bits every time, and on every machine.
 
     Args:
         device: Device type, such as ``"cpu"``.
         dtype: Of the features.
 
+    Returns:
+        A name in :data:`KERNELS`, or :data:`FASTEST`.
+
     Raises:
-        ConfigError: :data:`KERNEL_VARIABLE` names no kernel.
+        ConfigError: :data:`KERNEL_VARIABLE` names no kernel, or asks for a trial in a deterministic
+            run.
     """
     named = os.environ.get(KERNEL_VARIABLE)
     if named is None:
         fast = device == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
         return "embedding_bag" if fast else "sparse_csr"
-    if named not in KERNELS:
+    if named not in (*KERNELS, FASTEST):
         raise ConfigError(
-            f"{KERNEL_VARIABLE} names no kernel", got=repr(named), expected=" or ".join(KERNELS)
+            f"{KERNEL_VARIABLE} names no kernel",
+            got=repr(named),
+            expected=" or ".join((*KERNELS, FASTEST)),
+        )
+    if named == FASTEST and torch.are_deterministic_algorithms_enabled():
+        raise ConfigError(
+            "the fastest kernel may be another one in the next run, which rounds differently",
+            got=f"{KERNEL_VARIABLE}={named}, deterministic algorithms",
+            remedy="name a kernel, or leave deterministic out",
         )
     return named
+
+
+def _fastest(*args: Any) -> str:
+    """The fastest kernel for such a device and dtype, by a trial on the first rows of a matrix."""
+    indptr, indices, values, x, num_cols = args
+    key = (x.device.type, x.dtype)
+    if key not in PICKED:
+        entries = max(_TRIAL_WORK // x.size(1), 1)
+        rows = max(int(torch.searchsorted(indptr, entries, right=True)) - 1, 1)
+        last = int(indptr[rows])
+        part = (indptr[: rows + 1], indices[:last], values[:last], x, num_cols)
+        seconds = {name: _trial_seconds(kernel, part) for name, kernel in KERNELS.items()}
+        PICKED[key] = min(seconds, key=lambda name: seconds[name])
+        measured = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in seconds.items())
+        logging.getLogger(__name__).info("graph product, %s %s: %s", *key, measured)
+    return PICKED[key]
+
+
+def _trial_seconds(kernel: Kernel, args: tuple[Any, ...]) -> float:
+    """The best of a few calls; infinity for a kernel that is not there, or cannot do this."""
+
+    def call() -> float:
+        start = time.perf_counter()
+        out = kernel(*args)
+        if out.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    try:
+        call()  # what is made once is made here
+        return min(call() for _ in range(_TRIAL_CALLS))
+    except Exception:  # anything that a library says of a dtype or device
+        return math.inf
 
 
 _OPERATOR = "gist::csr_product"
@@ -167,8 +245,9 @@ torch.library.define(
 def _run(indptr: Tensor, indices: Tensor, values: Tensor, x: Tensor, num_cols: int) -> Tensor:
     if indices.numel() == 0 or x.numel() == 0:
         return x.new_zeros(indptr.numel() - 1, x.size(1))
-    kernel = KERNELS[product_kernel(x.device.type, x.dtype)]
-    return kernel(indptr, indices, values, x, num_cols)
+    args = (indptr, indices, values, x, num_cols)
+    name = product_kernel(x.device.type, x.dtype)
+    return KERNELS[_fastest(*args) if name == FASTEST else name](*args)
 
 
 @torch.library.register_fake(_OPERATOR)  # type: ignore[untyped-decorator]
@@ -216,14 +295,15 @@ class SparseMatrix:
     Args:
         rows: The matrix.
         symmetric: Whether it is its own transpose; believed, not checked.
-        columns: The transpose, where it is known already.
+        columns: Makes the transpose, where that is less work than to transpose.
     """
 
-    def __init__(self, rows: CSR, *, symmetric: bool = False, columns: CSR | None = None) -> None:
+    def __init__(
+        self, rows: CSR, *, symmetric: bool = False, columns: Callable[[], CSR] | None = None
+    ) -> None:
         self.rows = rows
         self.symmetric = symmetric
-        if columns is not None:
-            self.columns = columns  # the transpose is known: nothing to build
+        self._make_columns = columns
 
     @classmethod
     def from_scipy(cls, matrix: sp.spmatrix, *, symmetric: bool = False) -> SparseMatrix:
@@ -241,6 +321,8 @@ class SparseMatrix:
         rows = self.rows
         if self.symmetric:
             return rows
+        if self._make_columns is not None:
+            return self._make_columns()
         if not rows._has_memory:  # a matrix of the same size
             indptr = rows.indptr.new_empty(rows.num_cols + 1)
             return CSR(indptr, rows.indices, rows.values, rows.indptr.numel() - 1)
@@ -268,9 +350,9 @@ class SparseMatrix:
 
     def to(self, device: torch.device | str) -> SparseMatrix:
         """The same matrix on ``device``."""
-        known = vars(self).get("columns")
-        moved = None if known is None or self.symmetric else known.to(device)
-        return SparseMatrix(self.rows.to(device), symmetric=self.symmetric, columns=moved)
+        known = "columns" in vars(self) or self._make_columns is not None
+        columns = (lambda: self.columns.to(device)) if known and not self.symmetric else None
+        return SparseMatrix(self.rows.to(device), symmetric=self.symmetric, columns=columns)
 
 
 def sparse_if_worth_it(x: Tensor) -> Tensor | SparseMatrix:

@@ -88,10 +88,10 @@ class SpecBuilder:
             self._refused.append(path)
             self._findings.append(f"{path}: {error}")
             return None
-        if input is not None or output is not None:
+        if layer.input is not None or output is not None:
             port = Port(
                 path=path,
-                input=input,
+                input=layer.input,
                 output=output,
                 contracts=layer.contracts,
                 normalizes=rule.normalizes,
@@ -232,9 +232,16 @@ class Layer:
         return None if self._produces is None else self._builder.group(self._produces, size)
 
     def expect_input(self, size: int) -> Axis | None:
-        """The input axis, after checking that the layer takes ``size`` features."""
+        """The input axis, after checking that the layer takes ``size`` features.
+
+        Where the wiring brings several copies of as many features, as attention heads are, the
+        model must have made one of them, as a mean over heads does.
+        """
         if self.input is not None and self.input.size != size:
-            self.refuse(f"takes {size} input features, but the wiring brings {self.input.size}")
+            once = self.input.once(size)
+            if once is None:
+                self.refuse(f"takes {size} input features, but the wiring brings {self.input.size}")
+            self.input = once
         return self.input
 
     def follow(self, name: str, *axes: tuple[int, Axis | None]) -> None:

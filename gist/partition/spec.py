@@ -76,6 +76,18 @@ class Axis:
         parts = tuple((group, index.copy_at(starts)) for group, index in self.parts)
         return Axis(size=times * self.size, parts=parts)
 
+    def once(self, size: int) -> Axis | None:
+        """The axis of ``size`` positions that :meth:`repeat` made this one of, if there is one."""
+        first = [
+            (group, index.width, tuple(offset for offset in index.offsets if offset < size))
+            for group, index in self.parts
+        ]
+        if size >= self.size or not all(offsets for _, _, offsets in first):
+            return None
+        parts = ((group, IndexMap(width=w, offsets=offsets)) for group, w, offsets in first)
+        axis = Axis(size=size, parts=tuple(parts))
+        return axis if axis.repeat(self.size // size) == self else None
+
     def slots(self, dim: int) -> tuple[Slot, ...]:
         """The slots of a parameter whose dimension ``dim`` runs along this axis."""
         return tuple(Slot(dim=dim, group=group, map=index) for group, index in self.parts)

@@ -77,23 +77,34 @@ def build_subnet(
 class Absent(nn.Identity):
     """A module whose units the subnet does not hold: hands on its first argument."""
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns ``input``."""
-        return input
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns ``input``; where that is no tensor, as a graph of DGL, what comes next."""
+        return next((value for value in (input, *args) if isinstance(value, Tensor)), input)
 
 
 def scale_input_of(module: nn.Module, factor: float) -> None:
-    """Makes a module multiply its first argument by ``factor`` at every call."""
+    """Makes a module multiply its features by ``factor`` at every call.
+
+    They are the first argument that is a tensor, or a pair of tensors.
+    """
     module.register_forward_pre_hook(partial(_scale_input, factor), with_kwargs=True)
 
 
 def _scale_input(
     factor: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (args[0] * factor, *args[1:]), kwargs
-    features = next(iter(inspect.signature(module.forward).parameters))
-    return args, {**kwargs, features: kwargs[features] * factor}
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor | tuple):
+            return (*args[:place], _scaled(value, factor), *args[place + 1 :]), kwargs
+    names = inspect.signature(module.forward).parameters
+    name = next(name for name in names if isinstance(kwargs.get(name), Tensor | tuple))
+    return args, {**kwargs, name: _scaled(kwargs[name], factor)}
+
+
+def _scaled(features: Any, factor: float) -> Any:
+    if isinstance(features, tuple):
+        return tuple(each * factor for each in features)
+    return features * factor
 
 
 def corrected_paths(spec: PartitionSpec, width_correction: bool | None) -> frozenset[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 import warnings
 from contextlib import nullcontext
 
@@ -15,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gist.errors import ConfigError, DataError
+from gist.graph import sparse
 from gist.graph.sparse import CSR, KERNELS, SparseMatrix, product_kernel
 
 DTYPES = {
@@ -100,7 +103,10 @@ def test_without_gradients_the_transpose_is_never_built():
 def test_a_transpose_that_is_known_is_not_built():
     given = random_matrix(6, 5, 14)
     columns = matrix_of(given.T.tocsr()).rows
-    for known in (matrix_of(given, columns=columns), matrix_of(given, columns=columns).to("cpu")):
+    for known in (
+        matrix_of(given, columns=lambda: columns),
+        matrix_of(given, columns=lambda: columns).to("cpu"),
+    ):
         x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
         (known @ x).sum().backward()
         ones = torch.ones(6, 3, dtype=torch.float64)
@@ -174,9 +180,54 @@ def test_the_kernel_can_be_named(name, monkeypatch):
         out = matrix_of(given) @ x.to(dtype)
         assert relative_error(out, torch.from_numpy(given @ x.double().numpy())) < 1e-5
     assert used == [name, name]
-    monkeypatch.setenv("GIST_PRODUCT_KERNEL", "fastest")
-    with pytest.raises(ConfigError, match=r"'fastest'.*embedding_bag or sparse_csr"):
+    monkeypatch.setenv("GIST_PRODUCT_KERNEL", "fast")
+    with pytest.raises(ConfigError, match=r"'fast'.*embedding_bag or sparse_csr or dgl or fastest"):
         matrix_of(given) @ x
+
+
+def test_the_fastest_kernel_is_found_once_for_each_dtype(monkeypatch, caplog):
+    def slow(*args):
+        time.sleep(0.02)
+        return KERNELS["embedding_bag"](*args)
+
+    def broken(*args):
+        raise RuntimeError("of no use here")
+
+    given = random_matrix(30, 20, 150)
+    monkeypatch.setattr(sparse, "PICKED", {})
+    monkeypatch.setenv("GIST_PRODUCT_KERNEL", "fastest")
+    kernels = {"broken": broken, "slow": slow, "good": KERNELS["embedding_bag"]}
+    monkeypatch.setattr(sparse, "KERNELS", {**KERNELS, **kernels})
+    for name in ("sparse_csr", "dgl", "embedding_bag"):
+        monkeypatch.setitem(sparse.KERNELS, name, slow)
+    monkeypatch.setattr(sparse, "_TRIAL_WORK", 100)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(20, 9, dtype=dtype)
+        with caplog.at_level("INFO", logger="gist"):
+            for _ in range(2):
+                out = matrix_of(given) @ x
+        assert relative_error(out, torch.from_numpy(given @ x.double().numpy())) < 1e-5
+    assert {("cpu", kind): "good" for kind in (torch.float32, torch.float64)} == sparse.PICKED
+    assert [line.count("broken inf") for line in caplog.messages] == [1, 1]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(ConfigError, match="may be another one in the next run"):
+            matrix_of(given) @ x
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_graphs_of_dgl_live_as_long_as_their_matrix(monkeypatch):
+    monkeypatch.setenv("GIST_PRODUCT_KERNEL", "dgl")
+    before = len(sparse._dgl_graphs)
+    matrix, x = matrix_of(random_matrix(30, 20, 150)), torch.randn(20, 9)
+    first = matrix @ x
+    assert torch.equal(matrix @ x, first)
+    assert relative_error(matrix @ x[:, :1], first[:, :1].double()) < 1e-5
+    assert len(sparse._dgl_graphs) == before + 1
+    del matrix
+    gc.collect()
+    assert len(sparse._dgl_graphs) == before
 
 
 # Autocast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,6 +92,9 @@ HOW_TO_REGISTER = "register one: @gist.register_rule(YourLayer) on a subclass of
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
+_ON_DEMAND = {"dgl": "gist.partition.rules.dgl_layers"}
+"""Rules of optional packages: the module that registers them, imported when a layer is met."""
+
 R = TypeVar("R", bound=type[Rule])
 
 
@@ -107,7 +111,7 @@ def register_rule(*types: type[nn.Module], replace: bool = False) -> Callable[[R
 
     def decorate(rule: R) -> R:
         for kind in types:
-            if kind in _RULES and not replace:
+            if _find(kind) is not None and not replace:
                 raise PartitionError(
                     f"{kind.__module__}.{kind.__qualname__} has a rule already",
                     got=type(_RULES[kind]).__name__,
@@ -125,15 +129,22 @@ def rule_of(module: nn.Module) -> Rule:
     Raises:
         PartitionError: there is none; lists the known types and how to register one.
     """
-    try:
-        return _RULES[type(module)]
-    except KeyError:
-        kind = type(module)
+    kind = type(module)
+    rule = _find(kind)
+    if rule is None:
         raise PartitionError(
             f"no partition rule for layer type {kind.__module__}.{kind.__qualname__}",
             expected=f"one of {known_types()}",
             remedy=HOW_TO_REGISTER,
-        ) from None
+        )
+    return rule
+
+
+def _find(kind: type[nn.Module]) -> Rule | None:
+    package = kind.__module__.partition(".")[0]
+    if kind not in _RULES and package in _ON_DEMAND:
+        importlib.import_module(_ON_DEMAND[package])
+    return _RULES.get(kind)
 
 
 def known_types() -> str:
@@ -143,7 +154,7 @@ def known_types() -> str:
 
 def has_rule(module: nn.Module) -> bool:
     """Whether the module's exact type has a rule."""
-    return type(module) in _RULES
+    return _find(type(module)) is not None
 
 
 @contextmanager

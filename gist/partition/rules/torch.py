@@ -58,8 +58,8 @@ class LinearRule(Rule):
         inp = layer.input
         if inp is not None and columns % inp.size == 0:
             inp = inp.widen(columns // inp.size)
-        elif inp is not None:
-            layer.refuse(f"takes {columns} input features, but the wiring brings {inp.size}")
+        else:
+            inp = layer.expect_input(columns)
         out = layer.produce(rows)
         layer.follow("weight", (0, out), (1, inp))
         layer.follow("bias", (0, out))
