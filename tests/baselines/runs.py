@@ -1,6 +1,6 @@
 """Small runs of every baseline, to be compared over numbers of workers.
 
-Run by test_workers.py, in one process and under torchrun.
+Run by test_workers.py, in one process and by workers.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.baselines import runs
-from tests.workers.spawn import torchrun
+from tests.workers.spawn import run_workers
 
 pytestmark = pytest.mark.xdist_group("baselines")  # they share runs
 
@@ -24,7 +24,7 @@ SAME_BITS = [case for case in runs.CASES if case not in TO_ROUNDING]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two workers wrote all that is looked at here."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun(str(Path(runs.__file__)), str(folder), workers=2, timeout=120)
+    run_workers(str(Path(runs.__file__)), str(folder), workers=2, timeout=120)
     return folder
 
 

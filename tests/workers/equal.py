@@ -1,6 +1,6 @@
 """Trains small models, and writes what came out: to be compared over numbers of workers.
 
-Run by test_equal.py, in one process and under torchrun.
+Run by test_equal.py, in one process and by workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import gist.nn
-from gist import Bernoulli, GISTTrainer, Overlapping, load_dataset, local_device
+from gist import Bernoulli, GISTTrainer, LinkData, Overlapping, load_dataset, local_device
 from gist.partition.spec import model_tensors
 
 MODELS = {
@@ -27,10 +27,11 @@ MODELS = {
     "sage": lambda *s: gist.nn.GraphSAGE(*s, num_layers=3, dropout=0.5),
     "gat": lambda *s: gist.nn.GAT(*s, num_layers=3, heads=2, dropout=0.3),
 }
-DATA = {
+DATA: dict[str, Any] = {
     "csbm": load_dataset("csbm", num_nodes=120, num_features=7, num_classes=3, seed=1),
     "digits": load_dataset("digits"),
 }
+DATA["links"] = LinkData.split(DATA["csbm"], num_negatives=9)
 DEVICE = os.environ.get("GIST_TEST_DEVICE", "cpu")
 CLUSTERS = {
     "csbm": {"clusters": 6, "clusters_per_batch": 2},
@@ -44,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer_state": state,
         **CLUSTERS[data],
     }
-    for data, model, m, state in product(DATA, MODELS, (4, 8), ("reset", "carry"))
+    for data, model, m, state in product(CLUSTERS, MODELS, (4, 8), ("reset", "carry"))
 }
 CASES |= {
     "overlapping": {"num_subnets": 5, "sampler": Overlapping(min_units=7)},
@@ -54,9 +55,10 @@ CASES |= {
     "sgd": {"num_subnets": 4, "optimizer": "sgd", "optimizer_state": "carry", "lr": 0.1},
     "sized": {"num_subnets": 4, "capacities": (1.0, 0.25), "width": 40},
     "best": {"num_subnets": 4, "keep_best": True, "rounds": 6},
+    "links": {"data": "links", "num_subnets": 4, "keep_best": True, **CLUSTERS["csbm"]},
 }
 
-PREDICTED = ("uneven, double", "best", "csbm gcn m=4 carry")
+PREDICTED = ("uneven, double", "best", "links", "csbm gcn m=4 carry")
 
 
 def digest(model: nn.Module) -> str:
@@ -72,7 +74,8 @@ def make(name: str, **more: Any) -> GISTTrainer:
     data = DATA[settings.pop("data")]
     width, dtype = settings.pop("width", 16), settings.pop("dtype", torch.float32)
     torch.manual_seed(0)
-    model = MODELS[settings.pop("model")](data.num_features, width, data.num_classes).to(dtype)
+    outputs = 5 if isinstance(data, LinkData) else data.num_classes
+    model = MODELS[settings.pop("model")](data.num_features, width, outputs).to(dtype)
     if DEVICE == "cuda":
         model, settings["deterministic"] = model.to(local_device()), True
     if dtype != torch.float32:

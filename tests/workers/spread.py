@@ -1,6 +1,6 @@
 """Evaluates models that are spread over workers, and checks what comes out and what it takes.
 
-Run by test_spread.py under torchrun.
+Run by test_spread.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from gist.costs.exchange import Traffic
 from gist.partition.spec import model_tensors
 from tests.workers import equal
 from tests.workers.equal import CASES, DATA, MODELS, make
-from tests.workers.spawn import torchrun
+from tests.workers.spawn import run_workers
 
 Runs = dict[str, dict[str, Any]]
 
@@ -38,7 +38,7 @@ def on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Runs]:
     @cache
     def runs(workers: int) -> Runs:
         path = tmp_path_factory.mktemp("equal") / "out.json"
-        torchrun("equal.py", str(path), workers=workers)
+        run_workers("equal.py", str(path), workers=workers)
         found: Runs = json.loads(path.read_text())
         return found
 

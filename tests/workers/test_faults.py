@@ -22,7 +22,7 @@ from gist.errors import CheckpointError
 from gist.execution.comm import listen
 from tests.workers import faults
 from tests.workers.equal import digest
-from tests.workers.spawn import SCRIPTS, environment, torchrun
+from tests.workers.spawn import SCRIPTS, environment, run_workers, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def settings(**given: Any) -> str:
 def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run of four workers that stopped after three rounds of six."""
     out = tmp_path_factory.mktemp("halfway") / "run"
-    torchrun("faults.py", settings(out=out, stop_after=3), workers=4)
+    run_workers("faults.py", settings(out=out, stop_after=3), workers=4)
     return out
 
 
@@ -122,7 +122,7 @@ def test_a_run_goes_on_with_other_numbers_of_workers(
     halfway: Path, undisturbed: str, workers: int, tmp_path: Path
 ):
     given = settings(resume=halfway, result=tmp_path / "digest")
-    torchrun("faults.py", given, workers=workers)
+    run_workers("faults.py", given, workers=workers)
     assert (tmp_path / "digest").read_text() == undisturbed
 
 
@@ -139,7 +139,7 @@ def test_a_run_of_one_process_goes_on_with_workers(undisturbed: str, tmp_path: P
     )
     run.fit()
     given = settings(resume=tmp_path / "run", result=tmp_path / "digest")
-    torchrun("faults.py", given, workers=2)
+    run_workers("faults.py", given, workers=2)
     assert (tmp_path / "digest").read_text() == undisturbed
 
 
@@ -185,35 +185,14 @@ def test_the_others_name_the_worker_that_died(lost: int):
     port = str(listener.getsockname()[1])
     listener.close()
     given = settings(kill=[[0, lost, 2]], worker_timeout=900)
-    command = [sys.executable, str(SCRIPTS / "faults.py"), given]
-    start = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(
-                RANK=str(rank),
-                WORLD_SIZE="3",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-        )
-        for rank in range(3)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert time.monotonic() - start < 240, "long before the worker_timeout"
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+    no_agent = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
+    ended = run_workers("faults.py", given, workers=3, timeout=240, check=False, **no_agent)
+    for rank, done in enumerate(ended):  # long before the worker_timeout
         if rank == lost:
-            assert process.returncode == -signal.SIGKILL
+            assert done.returncode == -signal.SIGKILL
         else:
-            assert process.returncode == 1, output
-            assert f"WorkerLostError: rank {rank} stops, because rank {lost} is gone" in output
+            assert done.returncode == 1, done.stderr
+            assert f"WorkerLostError: rank {rank} stops, because rank {lost} is gone" in done.stderr
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -239,7 +218,7 @@ def test_sigterm_ends_the_round_and_keeps_it(workers: int, undisturbed: str, tmp
 
 
 def test_workers_that_differ_are_refused():
-    done = torchrun("odd.py", workers=2)
+    ended = run_workers("odd.py", workers=2)
     for what, named in (
         ("subnets", "num_subnets"),
         ("out", "out"),
@@ -247,7 +226,7 @@ def test_workers_that_differ_are_refused():
         ("capacities", "capacities"),
         ("memory", "in memory"),
     ):
-        for rank in range(2):
+        for rank, done in enumerate(ended):
             (said,) = [line for line in done.stdout.splitlines() if f"{rank} {what}:" in line]
             assert "the workers were started on different runs" in said
             assert ("differs from rank 0 in " in said) == (rank == 1)
