@@ -1,6 +1,6 @@
 """Attention that sees features of the edges (GATv2), whole and in subnets.
 
-On a random graph whose edges mostly join different classes, one noisy number per edge says whether
+On a random graph most of whose edges join different classes, one noisy number per edge says whether
 its ends are of the same class: about +1 or -1. Attention can learn to listen to the right edges.
 
     python examples/edge_features.py
@@ -30,10 +30,10 @@ def with_edge_features(data: GraphData, noise: float, seed: int) -> GraphData:
 def main() -> None:
     """Trains with and without features of the edges, and prints test accuracies."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, default=4000)
-    parser.add_argument("--noise", type=float, default=1.0, help="Standard deviation.")
+    parser.add_argument("--nodes", type=int, default=1500)
+    parser.add_argument("--noise", type=float, default=0.5, help="Standard deviation.")
     parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=400)
     parser.add_argument("--subnets", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
         num_features=32,
         num_classes=8,
         average_degree=15,
-        homophily=0.25,
+        homophily=0.4,
         feature_signal=1.0,
     )
     featured = with_edge_features(plain, args.noise, seed=0)
@@ -63,7 +63,7 @@ def main() -> None:
                     edge_dim=data.num_edge_features or None,
                 )
                 trainer = GISTTrainer(
-                    model, data, num_subnets=m, epochs=args.epochs, local_steps=10, seed=seed
+                    model, data, num_subnets=m, epochs=args.epochs, local_steps=20, seed=seed
                 )
                 found.append(100 * trainer.fit().test_metric)
             spread = stdev(found) if len(found) > 1 else 0.0

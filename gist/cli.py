@@ -36,11 +36,10 @@ from gist.costs.costs import render as render_costs
 from gist.errors import ConfigError, GistError
 from gist.execution.comm import is_launched, local_device
 from gist.experiment import BASELINES, METHODS, MODELS, Experiment, plan_run
-from gist.graph.batch import training_graph
 from gist.graph.cards import table as card_table
 from gist.graph.clusters import Cluster
 from gist.graph.datasets import find_card, load_dataset, prepare_dataset
-from gist.graph.layout import keep_layout
+from gist.graph.layout import keep_layout, keep_training_graph
 from gist.graph.places import data_folders, sums_known
 from gist.launch import launch
 
@@ -471,7 +470,7 @@ def prepare(
         return
     folder = data_folders(None)[-1] / "clusters"
     graph = load_dataset(dataset, **options)
-    graph = training_graph(graph) if inductive else graph
+    graph = keep_training_graph(graph, cache=folder) if inductive else graph
     laid_out = keep_layout(graph, clusters, cache=folder)
     recipe = Cluster(num_parts=clusters, parts_per_batch=clusters_per_batch, cache=folder)
     source = recipe.bind(graph)

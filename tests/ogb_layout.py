@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+
+CARDS = Path(__file__).resolve().parents[1] / "datasets"
 
 SPLITS = {"ogbn-arxiv": "time", "ogbn-products": "sales_ranking", "ogbn-proteins": "species"}
 """Name of the split's folder, as OGB has it."""
@@ -59,6 +63,26 @@ def write_ogb_layout(
     for key in ("train", "valid", "test"):
         _write(parts / f"{key}.csv.gz", np.asarray(split[key]))
     return place
+
+
+def write_cards(folder: Path, changes: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Copies all dataset cards to a new folder, some of them with other values.
+
+    Loaders compare a dataset with its card: a tiny one needs a card with its own sizes, in a folder
+    that takes the place of ``gist.graph.cards._PLACES``.
+
+    Args:
+        folder: A new one.
+        changes: Top-level keys and their values, by name of the dataset.
+
+    Returns:
+        ``folder``.
+    """
+    shutil.copytree(CARDS, folder)
+    for name, values in changes.items():
+        card = folder / f"{name}.yaml"
+        card.write_text(yaml.safe_dump({**yaml.safe_load(card.read_text()), **values}))
+    return folder
 
 
 def _write(path: Path, table: np.ndarray) -> None:

@@ -7,11 +7,14 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from gist import cli
 from gist.errors import ConfigError
+from gist.graph import cards
+from tests.ogb_layout import write_cards, write_ogb_layout
 
 TINY = [
     "--data", "num_nodes=120", "--data", "num_features=6", "--data", "num_classes=3",
@@ -233,6 +236,30 @@ def test_prepare_lists_and_needs_no_network_for_generated_data(gist):
     assert "nothing to download" in printed
 
 
+def test_a_large_dataset_is_prepared_cut_and_trained_on(gist, monkeypatch, tmp_path):
+    monkeypatch.setenv("GIST_CACHE", str(tmp_path))
+    monkeypatch.delenv("GIST_DATA", raising=False)
+    nodes = np.arange(30)
+    split = {"train": nodes[:20], "valid": nodes[20:25], "test": nodes[25:]}
+    ring = np.stack([nodes, np.roll(nodes, 1)])
+    write_ogb_layout(tmp_path / "ogb", "ogbn-arxiv", ring, np.eye(30), nodes, split)
+    sizes = {"ogbn-arxiv": {"nodes": 30, "edges": 60, "features": 30}}
+    monkeypatch.setattr(cards, "_PLACES", (write_cards(tmp_path / "cards", sizes),))
+    code, printed, _ = gist("prepare", "ogbn-arxiv", "--clusters", "3")
+    assert code == 0
+    assert f"ogbn-arxiv is ready in {tmp_path}/ogb/ogbn_arxiv; checksums of 8 raw files" in printed
+    assert "3 clusters of" in printed
+    kept = [path.name for path in (tmp_path / "processed").iterdir()]
+    assert kept == ["ogbn-arxiv-symmetrize=true"]
+    options = ["--epochs", "4", "--subnets", "2", "--local-steps", "1", "--hidden", "8"]
+    code, printed, _ = gist("train", "ogbn-arxiv", *options, "--clusters", "3", "--json", "-")
+    assert code == 0
+    assert json.loads(printed)["dataset"] == "ogbn-arxiv"
+    code, _, error = gist("prepare", "ogbn-arxiv", "--data", "symmetrize=no")
+    assert code == 2
+    assert "symmetrize is switched on or off" in error
+
+
 def test_plan_says_what_a_run_on_a_dataset_takes(gist, monkeypatch, tmp_path):
     monkeypatch.setenv("GIST_CACHE", str(tmp_path))  # cora is not there, and need not be
     monkeypatch.delenv("GIST_DATA", raising=False)
@@ -385,7 +412,7 @@ def test_cards_may_name_clusters(gist, monkeypatch):
     card = cards.load_card("csbm")
     defaults = replace(card.settings.defaults, clusters=5, clusters_per_batch=2, inductive=True)
     with_clusters = replace(card, settings=replace(card.settings, defaults=defaults))
-    monkeypatch.setattr("gist.experiment.load_card", lambda name: with_clusters)
+    monkeypatch.setattr("gist.experiment.find_card", lambda *_: with_clusters)
     small = {"num_nodes": 200, "num_classes": 3}
     run = Experiment(dataset="csbm", data_options=small, settings={"hidden": 8})
     trainer = run.trainer(run.load_data())

@@ -24,7 +24,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 # A plain block, or one that the build of the documentation executes.
 _CODE = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_SLOW = {"first_run.md"}
+_SLOW = {"first_run.md", "link_prediction.md"}
 
 
 def code_blocks(page: Path) -> Iterator[tuple[int, str]]:

@@ -264,7 +264,7 @@ def test_a_training_split_without_both_labels_leaves_its_roc_auc_open():
     trainer = GISTTrainer(GraphSAGE(8, 16, 1), data, num_subnets=2, fast_dev_run=True)
     assert trainer.fit().history[-1].train_metric is None
     assert 0 <= trainer.evaluate("test")["roc_auc"] <= 1
-    with pytest.raises(ConfigError, match="train split do not define roc_auc"):
+    with pytest.raises(ConfigError, match="roc_auc is not defined on the train split"):
         trainer.evaluate("train")
 
 

@@ -246,7 +246,7 @@ class Adjacency:
     @cached_property
     def edge_weight(self) -> Tensor | None:
         """``[E]``, or None for an unweighted graph."""
-        return self._listed.weight
+        return None if self.rows.weight is None else self._listed.weight
 
     @cached_property
     def unweighted(self) -> Adjacency:
@@ -261,7 +261,7 @@ class Adjacency:
     @cached_property
     def edge_attr(self) -> Tensor | None:
         """``[E, D]``, or None for a graph without edge features."""
-        return self._listed.attr
+        return None if self.rows.attr is None else self._listed.attr
 
     @cached_property
     def _listed(self) -> Rows:

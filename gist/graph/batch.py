@@ -6,9 +6,11 @@ Shape legend: ``n`` nodes of a batch, ``t`` of them with a loss, ``F`` features.
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from gist.graph.adjacency import Adjacency
 from gist.graph.data import GraphData
+from gist.graph.parts import cache_folder
 from gist.partition.streams import stream
 
 Item = TypeVar("Item")
@@ -120,11 +123,15 @@ class FullGraphSource(BatchSource):
 def training_graph(data: GraphData) -> GraphData:
     """The subgraph that the training nodes induce: what inductive training may see.
 
-    Nodes keep their order; edges to any other node are gone, and so are the other splits.
+    Nodes keep their order; edges to any other node are gone, and so are the other splits. Of a
+    graph from a folder it may have been kept: see :func:`gist.graph.layout.keep_training_graph`.
     """
+    place = training_place(data)
+    if place is not None and place.is_dir():
+        return GraphData.load(place).to(data.x.device)
     nodes = data.train_mask.nonzero()[:, 0]
     part = copy.copy(data)  # checked already; the constructor wants every split
-    vars(part).pop("known_fingerprint", None)  # that of the whole graph
+    vars(part).pop("_saved_fingerprint", None)  # that of the whole graph
     known = {
         "x": data.x[nodes],
         "y": data.y[nodes],
@@ -137,6 +144,14 @@ def training_graph(data: GraphData) -> GraphData:
         object.__setattr__(part, name, value)
     part.adjacency.remember(part.x)
     return part
+
+
+def training_place(data: GraphData, cache: str | os.PathLike[str] | bool = True) -> Path | None:
+    """Where the training graph of a graph from a folder is kept; None of any other graph."""
+    folder = cache_folder(cache)
+    if folder is None or data.saved_fingerprint is None:
+        return None
+    return folder / f"training-{data.saved_fingerprint[:16]}"
 
 
 def passes(

@@ -203,7 +203,6 @@ def list_cards() -> list[str]:
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
-@cache
 def load_card(name: str) -> Card:
     """The card of one dataset.
 
@@ -226,6 +225,7 @@ def load_card(name: str) -> Card:
     return read_card(_folder() / f"{name.lower()}.yaml")
 
 
+@cache
 def read_card(path: Path) -> Card:
     """Reads and checks one YAML file.
 

@@ -12,7 +12,7 @@ import gzip
 import math
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from gist.graph.convert import SPLITS
 
 Row = tuple[int, list[str]]
 """The number of a line, and its cells."""
+
+_LARGEST = 2**53
+"""Below it all whole numbers are told apart when they are read as float64."""
 
 
 def csv_inputs(
@@ -73,7 +76,7 @@ def _read_features(path: Path, header: bool, node_ids: bool) -> tuple[dict[str, 
     """The number of each node by its name, and ``[N, F]`` float64."""
     rows = _rows(path, ("node", "a feature") if node_ids else ("a feature",))
     if header:
-        next(rows)
+        _skip_names(path, rows, int(node_ids))
     number: dict[str, int] = {}
     lines, values = array("q"), array("d")
     for line, cells in rows:
@@ -95,7 +98,7 @@ def _read_edges(
     """``[2, E]`` int64 and, where there is a third column, ``[E]`` float64."""
     rows = _rows(path, ("source", "target"), "weight")
     if header:
-        _skip_header(path, rows, number, columns=2)
+        _skip_names(path, rows, 2, number)
     lines, ends, weights = array("q"), array("q"), array("d")
     for line, cells in rows:
         for name in cells[:2]:
@@ -130,7 +133,7 @@ def _read_labels(
     """``[N]`` int64, -1 where there is none; and the nodes of each split, if there is a column."""
     rows = _rows(path, ("node", "label"), "split")
     if header:
-        _skip_header(path, rows, number, columns=1)
+        _skip_names(path, rows, 1, number, SPLITS)
     lines: dict[int, int] = {}
     labels: dict[int, str] = {}
     splits: dict[str, list[int]] = {}
@@ -165,7 +168,7 @@ def _classes(path: Path, lines: Sequence[int], labels: Sequence[str]) -> list[in
         place = {name: i for i, name in enumerate(sorted(set(labels)))}
         return [place[label] for label in labels]
     for line, label, value in zip(lines, labels, values, strict=True):
-        if value is None or value != round(value):
+        if value is None or value != round(value) or abs(value) >= _LARGEST:
             raise _wrong(
                 path,
                 line,
@@ -229,15 +232,40 @@ def _lines(path: Path) -> Iterator[Row]:
         ) from error
 
 
-def _skip_header(path: Path, rows: Iterator[Row], number: Mapping[str, int], columns: int) -> None:
+def _skip_names(
+    path: Path,
+    rows: Iterator[Row],
+    nodes: int,
+    number: Container[str] = (),
+    values: Container[str] = (),
+) -> None:
+    """Skips a header; refuses a first line that is none, which would be lost.
+
+    Nodes and other values are no names of columns. Numbers are names where they count the columns.
+
+    Args:
+        path: The file.
+        rows: Its lines.
+        nodes: How many columns hold nodes, the first ones.
+        number: The nodes that are known.
+        values: What else is known to be no name.
+    """
     line, cells = next(rows)
-    if all(name in number for name in cells[:columns]):
+    ends, rest = cells[:nodes], cells[nodes:]
+    counts = [[str(first + i) for i in range(len(rest))] for first in {0, 1, nodes}]
+    numbers = rest and rest not in counts and None not in map(_number_or_none, rest)
+    if (
+        numbers
+        or (ends and all(name in number for name in ends))
+        or any(cell in values for cell in rest)
+    ):
         raise _wrong(
             path,
             line,
-            "the first line is not a header: it names nodes",
-            ", ".join(cells),
-            remedy="pass header=False where no file has a header",
+            "the first line is not a header: it names nodes or holds values",
+            ", ".join(cells[:5]),
+            "names of columns; numbers only as 0, 1, 2, ... or 1, 2, 3, ...",
+            "pass header=False where no file has a header",
         )
 
 

@@ -24,10 +24,16 @@ from gist.graph import convert, files
 from gist.graph.adjacency import Adjacency
 from gist.graph.convert import SPLITS
 from gist.graph.csv_files import csv_inputs
+from gist.graph.dgl_graph import is_from
 from gist.graph.metrics import METRICS, Metric, Task, is_defined, one_of
 
 _SETTINGS = ("task", "metric", "num_classes", "directed", "name")
 _KNOWN = ("is_symmetric", "has_symmetric_pattern", "has_self_loops")
+_FACTS = {
+    "settings": {name: files.SETTINGS[name] for name in _SETTINGS},
+    "known": dict.fromkeys(_KNOWN, bool),
+    "fingerprint": str,
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -71,8 +77,7 @@ class GraphData:
     directed: bool = False
     name: str = "graph"
 
-    known_fingerprint: ClassVar[str | None] = None
-    """What :meth:`fingerprint` was when a graph that is opened from a folder was saved."""
+    _saved_fingerprint: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         self._check_layout()
@@ -127,7 +132,7 @@ class GraphData:
 
         Features and labels of a folder are not in memory until they are used, and left out.
         """
-        mapped = self.known_fingerprint is not None and self.x.device.type == "cpu"
+        mapped = self._saved_fingerprint is not None and self.x.device.type == "cpu"
         held = [] if mapped else [self.x, self.y]
         return [*held, *([self.edge_index] if self.adjacency.is_listed else [])]
 
@@ -146,6 +151,7 @@ class GraphData:
             value = getattr(self, field.name)
             if isinstance(value, Tensor | Adjacency):
                 object.__setattr__(moved, field.name, value.to(device))
+        vars(moved)["_saved_fingerprint"] = self.saved_fingerprint
         moved.adjacency.remember(moved.x)
         return moved
 
@@ -160,31 +166,52 @@ class GraphData:
         The same on every device; checkpoints carry it to notice that the data changed. The edges
         count in the order in which nodes receive them.
         """
-        splits = (self.mask(name) for name in SPLITS)
-        tensors = [t for t in (*self.adjacency.rows, self.x, self.y, *splits) if t is not None]
-        if self.known_fingerprint and not any(tensor._version for tensor in tensors):
-            return self.known_fingerprint
+        if (saved := self.saved_fingerprint) is not None:
+            return saved
         digest = hashlib.sha256(f"{self.task} {self.num_classes} {self.directed}".encode())
-        for tensor in tensors:
+        for tensor in self._content():
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    @property
+    def saved_fingerprint(self) -> str | None:
+        """The fingerprint in the folder that it was opened from.
+
+        None of a graph that was made in memory, or was changed in place since.
+        """
+        changed = any(tensor._version for tensor in self._content())
+        return None if changed else self._saved_fingerprint
+
+    def _content(self) -> list[Tensor]:
+        """All tensors that count."""
+        splits = (self.mask(name) for name in SPLITS)
+        return [t for t in (*self.adjacency.rows, self.x, self.y, *splits) if t is not None]
+
+    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> Path:
         """Writes the graph, complete or not at all; an older one of that name is replaced.
 
         Args:
             path: One file, if the name ends in ``.npz``: an archive of the arguments of
                 :meth:`from_edges`. Otherwise a folder, which :meth:`load` opens without reading
                 it. A graph on another device is written as one of the CPU.
+            extra: JSON values that ``meta.json`` of a folder is to hold as well.
 
         Returns:
             ``path``.
 
         Raises:
+            ConfigError: an archive has no place for ``extra``.
             DataError: something else has that name.
         """
-        path, data = Path(path), self.to("cpu")
+        path = Path(path)
+        if extra and path.suffix == ".npz":
+            raise ConfigError(
+                "an archive has no place for extra values",
+                got=", ".join(extra),
+                remedy="a name without .npz saves a folder",
+            )
+        data = self.to("cpu")
         settings = {name: getattr(self, name) for name in _SETTINGS}
         splits = {name: self.mask(name) for name in SPLITS}
         if path.suffix == ".npz":
@@ -195,11 +222,11 @@ class GraphData:
             tensors = {**data.adjacency.rows._asdict(), "x": data.x, "y": data.y, **splits}
             known = {name: getattr(data.adjacency, name) for name in _KNOWN}
             facts = {"settings": settings, "known": known, "fingerprint": self.fingerprint()}
-            files.write_folder(path, _arrays(tensors), facts)
+            files.write_folder(path, _arrays(tensors), {**(extra or {}), **facts})
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> GraphData:
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = False) -> GraphData:
         """Reads what :meth:`save` wrote, or an archive that was made with ``numpy.savez``.
 
         An archive is checked as :meth:`from_edges` does. The arrays of a folder, which were checked
@@ -209,6 +236,8 @@ class GraphData:
         Args:
             path: An ``.npz`` archive or a folder. The keys of an archive are arguments of
                 :meth:`from_edges`; ``x`` is float32, or float64 where that is wanted.
+            verify: Read a folder as a whole and compare it with the sums that were saved with it,
+                where it may have been damaged since.
 
         Raises:
             DataError: it is not there, damaged, of another version, or cannot be trained on.
@@ -219,7 +248,9 @@ class GraphData:
             given = {"name": path.stem, **files.read_archive(path)}
             return cls.from_edges(**{**given, "x": convert.as_tensor("x", given["x"])})
         required = ("indptr", "indices", "x", "y", *SPLITS)
-        arrays, facts = files.read_folder(path, required, optional=("weight", "attr"))
+        arrays, facts = files.read_folder(
+            path, required, optional=("weight", "attr"), facts=_FACTS, verify=verify
+        )
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         edges = (tensors.pop("indptr"), tensors.pop("indices"))
         carried = (tensors.pop("weight", None), tensors.pop("attr", None))
@@ -228,7 +259,7 @@ class GraphData:
         masks = {f"{name}_mask": tensors.pop(name) for name in SPLITS}
         data = cls.__new__(cls)  # checked already: not through the constructor
         vars(data).update(adjacency=adjacency, **tensors, **masks, **facts["settings"])
-        vars(data)["known_fingerprint"] = facts["fingerprint"]
+        vars(data)["_saved_fingerprint"] = facts["fingerprint"]
         data._check_layout()
         adjacency.remember(data.x)
         return data
@@ -246,10 +277,9 @@ class GraphData:
         """
         if isinstance(data, GraphData):
             return data
-        package = type(data).__module__.partition(".")[0]
-        if package == "dgl":
+        if is_from(type(data), "dgl"):
             return cls.from_dgl(data)
-        return cls.from_ogb(data) if package == "ogb" else cls.from_pyg(data)
+        return cls.from_ogb(data) if is_from(type(data), "ogb") else cls.from_pyg(data)
 
     @classmethod
     def from_edges(
@@ -396,9 +426,9 @@ class GraphData:
     def from_ogb(cls, dataset: Any, **overrides: Any) -> GraphData:
         """Takes a dataset of ``ogb.nodeproppred``: its graph, labels and official split.
 
-        Edges of a directed graph get their reverses, as leaderboard scripts do, unless
-        ``directed=True`` is given. Without features of the nodes ``x`` is the mean of those of the
-        edges that a node receives.
+        Edges of a directed graph get their reverses, each edge once, as leaderboard scripts do,
+        unless ``directed=True`` is given. Without features of the nodes ``x`` is the mean of those
+        of the edges that a node receives.
 
         Args:
             dataset: A ``NodePropPredDataset``, ``PygNodePropPredDataset`` or

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 from torch_geometric.datasets import PPI, Flickr, Reddit, Yelp
+from torch_geometric.utils import to_undirected
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, DataError
 from gist.graph.cards import Card, list_cards, load_card
 from gist.graph.convert import as_mask
 from gist.graph.data import GraphData
@@ -25,12 +26,17 @@ from gist.graph.download import fetch
 from gist.graph.generate import arxiv_like, csbm, digits
 from gist.graph.ogb_files import read_arxiv, read_products, read_proteins
 from gist.graph.places import data_folders, find_raw, not_there, verify
-from gist.graph.processed import kept_folder, kept_graph
+from gist.graph.processed import find_kept, keep, kept_folder
 from gist.graph.pyg_files import read_planetoid, read_ppi, read_single
 
 
 def load_dataset(
-    name: str, /, *, root: str | Path | None = None, seed: int = 0, **options: Any
+    name: str | os.PathLike[str],
+    /,
+    *,
+    root: str | Path | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> GraphData:
     """A dataset by name, or a saved graph by its path; never touches the network.
 
@@ -54,22 +60,61 @@ def load_dataset(
     card = find_card(name, options)
     if card is None:
         return GraphData.load(name)
-    load = _LOADERS[card.name]
-    parameters = inspect.signature(load).parameters
     every = _every_option(card, options)
-    if "folder" not in parameters:
-        given = {"root": root, "seed": seed}
-        return load(**{key: given[key] for key in given.keys() & parameters.keys()}, **options)
+    if card.checksums:
+        return _of_raw_files(card, root, every)
+    load = _LOADERS[card.name]
+    given = {"seed": seed} if "seed" in inspect.signature(load).parameters else {}
+    return load(**given, **options)
 
-    def read(folder: Path) -> GraphData:
-        verify(card, folder)
-        return load(folder=folder, card=card, **options)
 
-    if is_kept(card):
-        return kept_graph(card, root, every, read)
-    if (folder := find_raw(card, root)) is None:
+def _of_raw_files(
+    card: Card, root: str | Path | None, options: Mapping[str, Any], *, verified: bool = False
+) -> GraphData:
+    """The graph of a dataset that is downloaded: kept, or made now.
+
+    Args:
+        card: Of the dataset.
+        root: As for :func:`load_dataset`.
+        options: All options, those left at their default too.
+        verified: Whether the raw files are known to be what they were.
+    """
+    kept = is_kept(card)
+    if kept and (graph := find_kept(card, root, options)) is not None:
+        return graph
+    folder = find_raw(card, root)
+    other = _SPLIT_ANEW.get(card.name)
+    base = None if other is None else find_kept(load_card(other), root, {})
+    if folder is None and base is None:
         raise not_there(card, root)
-    return read(folder)
+
+    def read() -> GraphData:
+        if base is not None:
+            return _cluster_gcn_split(base)
+        assert folder is not None
+        if not verified:
+            verify(card, folder)
+        graph = _LOADERS[card.name](folder=folder, card=card, **options)
+        _check_sizes(graph, card, folder)
+        return graph
+
+    return keep(card, root, options, read) if kept else read()
+
+
+def _check_sizes(graph: GraphData, card: Card, folder: Path) -> None:
+    """Refuses a graph without the sizes on the card, which counts edges in both directions."""
+    edges = graph.num_edges
+    if graph.directed:
+        edges = to_undirected(graph.edge_index, num_nodes=graph.num_nodes).size(1)
+    got = (graph.num_nodes, edges, graph.num_features, graph.num_classes)
+    expected = (card.nodes, card.edges, card.features, card.classes)
+    if got != expected:
+        raise DataError(
+            f"the raw files in {folder / 'raw'} are not those of {card.name}",
+            got="{:,} nodes, {:,} edges, {:,} features, {:,} classes".format(*got),
+            expected="{:,}, {:,}, {:,} and {:,}".format(*expected),
+            remedy=f"delete them and run `gist prepare {card.name}`",
+        )
 
 
 def _every_option(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +137,9 @@ def _every_option(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**accepted, **options}
 
 
-def find_card(name: str, options: Mapping[str, Any] | None = None) -> Card | None:
+def find_card(
+    name: str | os.PathLike[str], options: Mapping[str, Any] | None = None
+) -> Card | None:
     """The card of a dataset; None where the name is the path of a saved graph.
 
     A path ends in ``.npz``, has a separator in it, or exists. A known name is never one.
@@ -100,6 +147,7 @@ def find_card(name: str, options: Mapping[str, Any] | None = None) -> Card | Non
     Raises:
         ConfigError: an unknown dataset, or options for a saved graph.
     """
+    name = os.fspath(name)
     is_path = name.endswith(".npz") or os.sep in name or Path(name).exists()
     if name.lower() in list_cards() or not is_path:
         return load_card(name)
@@ -141,18 +189,28 @@ def prepare_dataset(name: str, root: str | Path | None = None, **options: Any) -
     if not card.checksums:
         return None
     every = _every_option(card, options)
-    folder = find_raw(card, root)
-    if folder is not None:
+    if (folder := find_raw(card, root)) is not None:
         verify(card, folder)
-    else:
-        folder = kept_folder(card, root, every) or fetch(card, data_folders(root)[-1])
-    load_dataset(name, root=root, **options)
+    elif (folder := _kept_folder(card, root, every)) is None:
+        folder = fetch(card, data_folders(root)[-1])
+    _of_raw_files(card, root, every, verified=True)
     return folder
 
 
-def _amazon2m(root: str | Path | None) -> GraphData:
-    """The graph of ogbn-products with a random split; the card says how it differs from others."""
-    graph = load_dataset("ogbn-products", root=root)
+def _kept_folder(card: Card, root: str | Path | None, options: Mapping[str, Any]) -> Path | None:
+    """Where a graph was kept that makes raw files needless."""
+    folder, other = kept_folder(card, root, options), _SPLIT_ANEW.get(card.name)
+    if folder is None and other is not None:
+        return kept_folder(load_card(other), root, {})
+    return folder
+
+
+def _read_amazon2m(folder: Path, card: Card) -> GraphData:
+    return _cluster_gcn_split(read_products(folder, card))
+
+
+def _cluster_gcn_split(graph: GraphData) -> GraphData:
+    """ogbn-products with a random split; the card of amazon2m says how it differs from others."""
     nodes = graph.num_nodes
     train = nodes * 1_709_997 // 2_449_029  # of Cluster-GCN; in proportion, if ever of others
     last = train + -(-(nodes - train) // 10)
@@ -166,7 +224,7 @@ def _amazon2m(root: str | Path | None) -> GraphData:
     )
 
 
-_GIVEN = frozenset({"card", "folder", "root", "seed"})
+_GIVEN = frozenset({"card", "folder", "seed"})
 """Arguments of loaders that are no options: all take some of them."""
 
 _LOADERS: dict[str, Callable[..., GraphData]] = {
@@ -179,7 +237,7 @@ _LOADERS: dict[str, Callable[..., GraphData]] = {
     "ogbn-arxiv": read_arxiv,
     "ogbn-products": read_products,
     "ogbn-proteins": read_proteins,
-    "amazon2m": _amazon2m,
+    "amazon2m": _read_amazon2m,
     "reddit": partial(read_single, Reddit),
     "flickr": partial(read_single, Flickr),
     "yelp": partial(read_single, Yelp),
@@ -188,3 +246,6 @@ _LOADERS: dict[str, Callable[..., GraphData]] = {
 
 _READ_EACH_TIME = frozenset({"cora", "citeseer", "pubmed"})
 """Datasets of which reading takes no longer than what was kept would."""
+
+_SPLIT_ANEW = {"amazon2m": "ogbn-products"}
+"""Datasets that are another one with another split: the graph that was kept of it will do."""

@@ -55,9 +55,14 @@ def import_dgl() -> Any:
         ) from error
 
 
+def is_from(kind: type, package: str) -> bool:
+    """Whether a type is one of a package's, or derives from one."""
+    return any(base.__module__.partition(".")[0] == package for base in kind.__mro__)
+
+
 def is_from_dgl(kind: type) -> bool:
     """Whether a type is one of DGL's, or derives from one."""
-    return any(base.__module__.partition(".")[0] == "dgl" for base in kind.__mro__)
+    return is_from(kind, "dgl")
 
 
 def takes_dgl_graph(model: nn.Module) -> bool:

@@ -66,7 +66,7 @@ def fetch(card: Card, place: Path) -> Path:
                 archive = given if given.is_file() else Path(name) / given.name
                 if archive is not given:
                     _download(url, archive, given, bar)
-                _unpack(archive, new / file)
+                _unpack(archive, new / file, _inside(card, file))
             elif not (folder / file).is_file():
                 _download(url, new / file, folder / file, bar)
         for file in card.checksums:
@@ -87,6 +87,12 @@ def _wanted(card: Card) -> Iterator[tuple[str, str]]:
         for file in card.checksums:
             if file.startswith(path):
                 yield file, url + file.removeprefix(path)
+
+
+def _inside(card: Card, folder: str) -> set[PurePosixPath]:
+    """Raw files that lie in a folder below the dataset's, as paths below that one."""
+    files = (PurePosixPath(file) for file in card.checksums)
+    return {file.relative_to(folder) for file in files if file.is_relative_to(folder)}
 
 
 def _beside(folder: Path, url: str) -> Path:
@@ -207,8 +213,8 @@ class _Transfer:
             raise ConnectionError(f"the connection ended after {size:,} of {total:,} bytes")
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpacks a zip archive; one folder around everything in it is left out.
+def _unpack(archive: Path, folder: Path, wanted: set[PurePosixPath]) -> None:
+    """Unpacks what is wanted of a zip archive; one folder around everything in it is left out.
 
     Raises:
         DataError: it is no whole archive, or a file in it would lie outside of ``folder``.
@@ -218,15 +224,18 @@ def _unpack(archive: Path, folder: Path) -> None:
             members = [member for member in packed.infolist() if not member.is_dir()]
             paths = [PurePosixPath(member.filename) for member in members]
             for path in paths:
-                if path.is_absolute() or ".." in path.parts:
+                if not path.parts or path.is_absolute() or ".." in path.parts:
                     raise DataError(
                         f"{archive.name} is not to be trusted: a file would lie outside its folder",
-                        got=path,
+                        got=str(path),
                         expected="names below the folder",
                     )
-            wrapped = len({path.parts[0] for path in paths}) == 1 < min(len(p.parts) for p in paths)
+            wrapped = len({path.parts[0] for path in paths}) == 1 and wanted.isdisjoint(paths)
             for member, path in zip(members, paths, strict=True):
-                target = folder.joinpath(*path.parts[wrapped:])
+                below = PurePosixPath(*path.parts[wrapped:])
+                if below not in wanted:
+                    continue
+                target = folder / below
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with packed.open(member) as source, target.open("wb") as file:
                     shutil.copyfileobj(source, file, _CHUNK_BYTES)

@@ -7,6 +7,8 @@ name beside its own, and an older one is replaced when all is on the disk.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import hashlib
 import json
 import mmap
 import os
@@ -44,6 +46,11 @@ _META = "meta.json"
 
 _MAP_NORESERVE = 0x4000
 """Of Linux; a private mapping may be larger than memory, since hardly a page is written."""
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Of Linux: paths count from the working directory; two names change places at once."""
+
+_AGAIN = "save the graph again, or copy the whole folder again"
 
 
 def write_archive(path: Path, values: Mapping[str, Any]) -> None:
@@ -125,6 +132,8 @@ def _read_member(path: Path, archive: Any, name: str) -> Any:
 def write_folder(path: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Writes one ``.npy`` file per array, and ``meta.json`` with their layout and ``facts``.
 
+    The layout has the SHA-256 of each file, in hex.
+
     Raises:
         DataError: ``path`` is there and not a folder that this function wrote.
     """
@@ -138,12 +147,13 @@ def write_folder(path: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[st
         new.mkdir()
         layout: dict[str, Any] = {}
         for name, array in arrays.items():
-            with (new / f"{name}.npy").open("xb") as file:
+            with (new / f"{name}.npy").open("x+b") as file:
                 np.save(file, array, allow_pickle=False)
                 layout[name] = {
                     "dtype": array.dtype.str,
                     "shape": list(array.shape),
                     "bytes": _sync(file),
+                    "sha256": _sha256(file),
                 }
         meta = {"format": _FORMAT, "version": _VERSION, **facts, "arrays": layout}
         with (new / _META).open("x", encoding="utf-8") as text:
@@ -153,24 +163,91 @@ def write_folder(path: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[st
 
 
 def read_folder(
-    path: Path, required: Sequence[str], optional: Sequence[str] = ()
+    path: Path,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    *,
+    facts: Mapping[str, Any],
+    verify: bool = False,
+    remedy: str = _AGAIN,
 ) -> tuple[Arrays, dict[str, Any]]:
     """The arrays of a folder, whose pages are read when they are used, and its facts.
 
-    Changes of an array stay in memory.
+    Changes of an array stay in memory. Of the arrays ``indptr`` alone is read: rows that are no
+    rows would crash what computes with them.
+
+    Args:
+        path: The folder.
+        required: The arrays that it holds, ``indptr`` and ``indices`` among them.
+        optional: Arrays that it may hold.
+        facts: The type of each fact, or a mapping of such types.
+        verify: Read all: compare each file with its SHA-256, and look for sources that are no rows.
+        remedy: For a folder that is damaged or of another version.
 
     Raises:
         DataError: it is not there, not one that :func:`write_folder` wrote, or of another version;
             or a file is missing or is not what was written.
     """
-    facts = _read_meta(path)
-    layout = facts.pop("arrays", {})
+    while True:
+        folder, wrong = _identity(path), None
+        try:
+            found = _read_folder(path, required, optional, facts, verify, remedy)
+        except DataError as error:
+            wrong = error
+        if _identity(path) == folder:  # otherwise it was replaced, and these may be parts of two
+            if wrong is not None:
+                raise wrong
+            return found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells a folder from the one that takes its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _read_folder(
+    path: Path,
+    required: Sequence[str],
+    optional: Sequence[str],
+    facts: Mapping[str, Any],
+    verify: bool,
+    remedy: str,
+) -> tuple[Arrays, dict[str, Any]]:
+    found = read_facts(path, remedy)
+    for name, kind in {**facts, "arrays": dict}.items():
+        if not _fits(found.get(name), kind):
+            raise _damaged(
+                path / _META,
+                got=f"{found[name]!r} as {name}" if name in found else f"no {name}",
+                expected=f"{name} of the graph",
+                remedy=remedy,
+            )
+    layout = found.pop("arrays")
     if set(layout) - set(optional) != set(required):
-        raise _damaged(path / _META, got=", ".join(layout), expected=", ".join(required))
-    return {name: _mapped(path / f"{name}.npy", entry) for name, entry in layout.items()}, facts
+        raise _damaged(path / _META, ", ".join(layout), ", ".join(required), remedy)
+    arrays = {
+        name: _mapped(path / f"{name}.npy", entry, verify, remedy) for name, entry in layout.items()
+    }
+    indptr, indices = arrays["indptr"], arrays["indices"]
+    if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr[1:] < indptr[:-1]).any():
+        rising = f"offsets that rise from 0 to {len(indices)}"
+        raise _damaged(path / "indptr.npy", "other numbers", rising, remedy)
+    if verify and indices.size and not 0 <= indices.min() <= indices.max() < len(indptr) - 1:
+        sources = f"{indices.min()} to {indices.max()}"
+        raise _damaged(path / "indices.npy", sources, f"0 to {len(indptr) - 2}", remedy)
+    return arrays, found
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_facts(path: Path, remedy: str = _AGAIN) -> dict[str, Any]:
+    """What ``meta.json`` of a folder says, without a look at the arrays.
+
+    Raises:
+        DataError: it is not there, not one that :func:`write_folder` wrote, or of another version.
+    """
     if not path.is_dir():
         raise _not_there(path)
     file = path / _META
@@ -179,7 +256,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         meta = None
     except ValueError as error:
-        raise _damaged(file, got=error, expected="JSON") from error
+        raise _damaged(file, error, "JSON", remedy) from error
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
         raise DataError(
             f"{path} is not a saved graph",
@@ -191,12 +268,23 @@ def _read_meta(path: Path) -> dict[str, Any]:
             f"{path} is of another version of the format",
             got=meta.get("version"),
             expected=_VERSION,
-            remedy="save the graph again with this version of gist",
+            remedy=remedy,
         )
     return meta
 
 
-def _mapped(file: Path, entry: Mapping[str, Any]) -> np.ndarray:
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, or a dictionary with the keys and types of a mapping."""
+    if not isinstance(kind, Mapping):
+        return isinstance(value, kind)
+    return (
+        isinstance(value, dict)
+        and value.keys() == kind.keys()
+        and all(_fits(value[name], kind[name]) for name in kind)
+    )
+
+
+def _mapped(file: Path, entry: Mapping[str, Any], verify: bool, remedy: str) -> np.ndarray:
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -204,13 +292,16 @@ def _mapped(file: Path, entry: Mapping[str, Any]) -> np.ndarray:
             shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
             start = stream.tell()
             memory = mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE)
+            got = {"dtype": dtype.str, "shape": list(shape), "bytes": size}
+            if verify:
+                got["sha256"] = _sha256(stream)
     except FileNotFoundError:
-        raise _damaged(file, got="no such file", expected=entry) from None
+        raise _damaged(file, "no such file", entry, remedy) from None
     except ValueError as error:
-        raise _damaged(file, got=error, expected=entry) from error
-    got = {"dtype": dtype.str, "shape": list(shape), "bytes": size}
-    if got != entry or by_column:
-        raise _damaged(file, got=got, expected=entry)
+        raise _damaged(file, error, entry, remedy) from error
+    expected = {name: entry.get(name) for name in got}
+    if got != expected or by_column:
+        raise _damaged(file, got, expected, remedy)
     return np.ndarray(shape, dtype, memory, start)
 
 
@@ -231,14 +322,30 @@ def _replaced(path: Path) -> Iterator[Path]:
         new, old = Path(place) / "new", Path(place) / "old"
         yield new
         try:
-            if path.is_dir():  # no folder can be renamed over another that holds something
-                path.rename(old)
-            new.replace(path)
+            if not (path.is_dir() and _exchanged(new, path)):
+                if path.is_dir():  # no folder can be renamed over another that holds something
+                    path.rename(old)
+                new.replace(path)
         except BaseException:
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
         _sync_folder(path.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges two names at once, where the C library and the file system can."""
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    names = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other))
+    return bool(exchange(*names, _RENAME_EXCHANGE) == 0)
+
+
+def _sha256(file: IO[bytes]) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _sync(file: IO[Any]) -> int:
@@ -264,10 +371,10 @@ def _not_there(path: Path) -> DataError:
     )
 
 
-def _damaged(file: Path, got: Any, expected: Any) -> DataError:
+def _damaged(file: Path, got: Any, expected: Any, remedy: str) -> DataError:
     return DataError(
         f"{file} is damaged: it is not what was saved",
         got=got,
         expected=expected,
-        remedy="save the graph again, or copy the whole folder again",
+        remedy=remedy,
     )

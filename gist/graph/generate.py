@@ -5,6 +5,7 @@ Shape legend: ``N`` nodes, ``F`` features, ``C`` classes, ``K`` undirected edges
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,32 @@ def csbm(
         num_classes=num_classes,
         name="csbm",
     )
+
+
+def arxiv_like(*, seed: int = 0) -> GraphData:
+    """A stand-in of the shape of ogbn-arxiv (Hu et al., NeurIPS 2020), drawn by :func:`csbm`.
+
+    Its numbers of nodes, edges, features and classes, and the sizes of its split, are exactly those
+    of ogbn-arxiv made symmetric. Nothing else is: classes are of equal size, the split is random,
+    and homophily and features are chosen so that a GCN is neither useless nor perfect. What is
+    measured on it says nothing about accuracy on ogbn-arxiv.
+
+    Args:
+        seed: The graph depends on this alone.
+    """
+    nodes, edges, train, val = 169_343, 2_315_598, 90_941, 29_799
+    graph = csbm(
+        num_nodes=nodes,
+        num_features=128,
+        num_classes=40,
+        average_degree=edges / nodes,
+        homophily=0.45,
+        feature_signal=1.2,
+        train_share=train / nodes,
+        val_share=val / nodes,
+        seed=seed,
+    )
+    return replace(graph, name="arxiv-like")
 
 
 class _Endpoints:

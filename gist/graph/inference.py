@@ -223,8 +223,8 @@ def _trial_graph(nodes: int, edges: int, like: Adjacency) -> Adjacency:
     sources = torch.arange(edges) % nodes
     targets = (sources + 1 + torch.arange(edges) // nodes % max(nodes - 1, 1)) % nodes
     index = torch.stack([sources, targets]).to(like.device)  # no self loops, even degrees
-    weight = like.edge_weight.new_ones(edges) if like.edge_weight is not None else None
-    attr = like.edge_attr
+    *_, weight, attr = like.rows
+    weight = None if weight is None else weight.new_ones(edges)
     attr = None if attr is None else attr.new_ones(edges, attr.size(1))
     trial = Adjacency(index, nodes, weight, attr)
     for form in ("gcn", "mean", "sum"):

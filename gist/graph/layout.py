@@ -19,6 +19,7 @@ from torch import Tensor
 from gist.errors import DataError
 from gist.graph import files
 from gist.graph.adjacency import Rows, offsets
+from gist.graph.batch import training_graph, training_place
 from gist.graph.data import GraphData
 from gist.graph.parts import Method, cache_folder, cut_graph
 
@@ -100,24 +101,41 @@ def keep_layout(
     return folder
 
 
+def keep_training_graph(
+    data: GraphData, *, cache: str | os.PathLike[str] | bool = True
+) -> GraphData:
+    """The training graph of a graph from a folder, kept in one of its own for inductive runs.
+
+    Args:
+        data: The whole graph; of one in memory nothing is kept.
+        cache: As for ``cut_graph``; runs look where True is.
+    """
+    part, place = training_graph(data), training_place(data, cache)
+    if place is None or part.saved_fingerprint is not None:
+        return part
+    return GraphData.load(part.save(place))
+
+
 def _folder(
     data: GraphData, num_parts: int, method: Method, seed: int, cache: str | os.PathLike[str] | bool
 ) -> Path | None:
     """Where the layout of a graph from a folder is kept; None of any other graph."""
     place = cache_folder(cache)
-    if place is None or data.known_fingerprint is None:
+    if place is None or data.saved_fingerprint is None:
         return None
-    return place / f"{method}-{num_parts}-seed{seed}-{data.known_fingerprint[:16]}-laid-out"
+    return place / f"{method}-{num_parts}-seed{seed}-{data.saved_fingerprint[:16]}-laid-out"
 
 
 def _load(folder: Path, data: GraphData) -> ClusterLayout:
-    arrays, facts = files.read_folder(folder, _ARRAYS, _CARRIED)
-    if facts.get("graph") != data.fingerprint():
+    remedy = "delete it, and run gist prepare NAME --clusters N"
+    kinds = {"graph": str, "edges_within": float}
+    arrays, facts = files.read_folder(folder, _ARRAYS, _CARRIED, facts=kinds, remedy=remedy)
+    if facts["graph"] != data.fingerprint():
         raise DataError(
             f"{folder} holds the clusters of another graph",
-            got=facts.get("graph"),
+            got=facts["graph"],
             expected=data.fingerprint(),
-            remedy="delete it, and prepare the clusters again",
+            remedy=remedy,
         )
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     rows = Rows(**{name: tensors.pop(name) for name in Rows._fields if name in tensors})

@@ -18,6 +18,7 @@ from torch_geometric.data import Data
 from gist.errors import ConfigError, DataError
 from gist.graph import convert
 from gist.graph.data import GraphData
+from gist.graph.dgl_graph import is_from_dgl
 from gist.graph.link_metrics import hits_of, link_metric, rank_scores
 from gist.graph.link_sampling import hold_out, links_of, negatives_for
 from gist.graph.metrics import one_of
@@ -323,7 +324,7 @@ def _inputs(graph: Any) -> dict[str, Any]:
     if isinstance(graph, GraphData):
         names = ("edge_index", "x", "edge_weight", "edge_attr", "directed", "name")
         return {name: getattr(graph, name) for name in names}
-    if type(graph).__module__.partition(".")[0] == "dgl":
+    if is_from_dgl(type(graph)):
         return convert.dgl_inputs(graph, {"x": "feat"}, "weight", None)
     if not isinstance(graph, Data):
         raise DataError(

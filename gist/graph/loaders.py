@@ -215,7 +215,7 @@ class LoaderSource(BatchSource):
             return None
         device = data.x.device
         values = pyg_edge_values(item)
-        if data.edge_attr is not None:  # else one column is a weight
+        if data.num_edge_features:  # else one column is a weight
             values = {name: getattr(item, name, None) for name in values}
         carried = {name: as_edge_values(name, value, x) for name, value in values.items()}
         graph = Adjacency(edges, x.size(0), **carried)

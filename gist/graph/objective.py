@@ -181,7 +181,7 @@ class GraphObjective:
         target = torch.cat([nodes.roll(1), nodes.roll(7), nodes[::3].roll(5)])
         index = torch.cat([torch.stack([source, target]), torch.stack([target, source])], dim=1)
         features = torch.randn(_SAMPLE_NODES, x.size(1), generator=generator).to(x)
-        weight, attr = self.data.edge_weight, self.data.edge_attr
+        *_, weight, attr = self.data.adjacency.rows
         if weight is not None:
             weight = torch.rand(source.numel(), generator=generator).repeat(2).to(weight)
         if attr is not None:
@@ -281,25 +281,26 @@ class GraphObjective:
                 got="a graph declared directed",
                 remedy="build the GraphData with symmetrize=True, or use GraphSAGE or GAT",
             )
-        if data.edge_weight is not None:
+        weight = data.adjacency.rows.weight
+        if weight is not None:
             if not uses_edge_weight(model):
                 raise DataError(
                     f"{name} does not use edge weights, but the graph has them",
                     remedy="drop them (edge_weight=None), or use a GCN or gist.nn.GraphSAGE",
                 )
-            if bool((data.edge_weight < 0).any()) and (symmetric or _takes_means(model)):
+            if bool((weight < 0).any()) and (symmetric or _takes_means(model)):
                 raise DataError(
                     f"{name} needs edge weights of at least 0: it divides by their sums",
-                    got=f"a smallest weight of {float(data.edge_weight.min()):g}",
+                    got=f"a smallest weight of {float(weight.min()):g}",
                     remedy="shift the weights, or drop them",
                 )
-        if data.edge_attr is None and needs_edge_attr(model):
+        columns = data.num_edge_features
+        if not columns and needs_edge_attr(model):
             raise DataError(
                 f"{name} has weights for features of edges, but the graph has no such features",
                 remedy="give edge_attr, or build the model without edge_dim",
             )
-        if data.edge_attr is not None and not uses_edge_attr(model):
-            columns = data.edge_attr.size(1)
+        if columns and not uses_edge_attr(model):
             raise DataError(
                 f"{name} does not use features of edges, but the graph has them",
                 got=f"edge_attr with {columns} columns",

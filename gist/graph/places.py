@@ -43,7 +43,11 @@ def find_raw(card: Card, root: str | Path | None) -> Path | None:
 
 def _complete_folder(card: Card, place: Path) -> Path | None:
     folders = (place / name for name in card.folders)
-    return next((f for f in folders if all((f / file).is_file() for file in card.checksums)), None)
+    return next((folder for folder in folders if _has_all(card, folder)), None)
+
+
+def _has_all(card: Card, folder: Path) -> bool:
+    return all((folder / file).is_file() for file in card.checksums)
 
 
 def not_there(card: Card, root: str | Path | None) -> DataError:
@@ -95,12 +99,22 @@ def known_sums(card: Card, folder: Path) -> dict[str, str]:
 
 
 def sums_known(card: Card, folder: Path) -> str:
-    """What raw files were compared with, in words."""
+    """What raw files were compared with, in words.
+
+    Args:
+        card: Of the dataset.
+        folder: The dataset's folder, or one with what was made of raw files that are gone.
+    """
+    if not _has_all(card, folder):
+        return "its raw files are gone, so nothing was compared with their checksums"
     known = known_sums(card, folder)
     listed = sum(card.checksums[file] is not None for file in known)
     counts = {"on its card": listed, f"in {folder / SUMS}": len(known) - listed}
     found = [f"{count} {where}" for where, count in counts.items() if count]
-    return f"checksums of {len(card.checksums)} raw files: {', '.join(found) or 'none is known'}"
+    said = f"checksums of {len(card.checksums)} raw files: {', '.join(found) or 'none is known'}"
+    if not listed:
+        said += "; its card has none, so only its sizes say that these are the official files"
+    return said
 
 
 def record_sums(card: Card, folder: Path) -> None:

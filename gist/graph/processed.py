@@ -17,49 +17,67 @@ from pathlib import Path
 from typing import Any
 
 from gist.errors import DataError
+from gist.graph import files
 from gist.graph.cards import Card
 from gist.graph.data import GraphData
-from gist.graph.places import data_folders, find_raw, not_there
+from gist.graph.places import data_folders, find_raw
 
 _FORMAT = 1
 """Raised when raw files are read in another way, so that what was made of them is made again."""
 
-_SOURCE = "source.json"
+_SOURCE = "source"
+"""Name of the fact that says what a kept graph was made from."""
 
 
-def kept_graph(
-    card: Card,
-    root: str | Path | None,
-    options: Mapping[str, Any],
-    read: Callable[[Path], GraphData],
-) -> GraphData:
-    """The graph that was kept, or that is read now and then kept where that is possible.
+def find_kept(card: Card, root: str | Path | None, options: Mapping[str, Any]) -> GraphData | None:
+    """The graph that was kept, of the raw files as they are, or from before they were deleted.
 
     Args:
         card: Of the dataset.
         root: As for :func:`gist.load_dataset`.
         options: All options of the dataset, those left at their default too.
-        read: Makes the graph of the raw files in the dataset's folder.
 
     Raises:
-        DataError: neither the raw files nor a kept graph are there, or the raw files are damaged.
+        DataError: a kept graph is damaged, and there are no raw files to make it again from.
     """
-    raw = find_raw(card, root)
-    source, places = _source(card, raw), _places(card, root, options)
-    if (graph := _find(places, source)) is not None:
-        return graph
-    if raw is None:
-        raise not_there(card, root)
-    place = places[-1]
+    source = _source(card, find_raw(card, root))
+    for place in _places(card, root, options):
+        if _is_of(place, source):
+            try:
+                return GraphData.load(place)
+            except DataError:
+                if source["files"] is None:
+                    raise
+    return None
+
+
+def keep(
+    card: Card,
+    root: str | Path | None,
+    options: Mapping[str, Any],
+    read: Callable[[], GraphData],
+) -> GraphData:
+    """Reads a graph that :func:`find_kept` does not find, and keeps it where that is possible.
+
+    Args:
+        card: Of the dataset.
+        root: As for :func:`gist.load_dataset`.
+        options: All options of the dataset, those left at their default too.
+        read: Makes the graph.
+    """
+    place = _places(card, root, options)[-1]
     if not _may_write(place):
-        return read(raw)
+        return read()
     with _alone_in(place.parent):
-        if (graph := _find(places, source)) is not None:  # another process was first
+        if (graph := find_kept(card, root, options)) is not None:  # another process was first
             return graph
-        graph = read(raw)
-        shutil.rmtree(place, ignore_errors=True)  # outdated or damaged
-        graph.save(place)
-        (place / _SOURCE).write_text(json.dumps(source, indent=1), encoding="utf-8")
+        source = _source(card, find_raw(card, root))
+        graph = read()
+        try:
+            graph.save(place, extra={_SOURCE: source})
+        except DataError:  # what is there is so damaged that it is no saved graph any more
+            shutil.rmtree(place)
+            graph.save(place, extra={_SOURCE: source})
     return GraphData.load(place)
 
 
@@ -75,25 +93,17 @@ def _places(card: Card, root: str | Path | None, options: Mapping[str, Any]) -> 
     return [folder / "processed" / name for folder in data_folders(root)]
 
 
-def _find(places: list[Path], source: dict[str, Any]) -> GraphData | None:
-    """The first kept graph that was made from these raw files, and can be read."""
-    for place in places:
-        if _is_of(place, source):
-            try:
-                return GraphData.load(place)
-            except DataError:  # damaged, or written by another version
-                if source["files"] is None:
-                    raise
-    return None
-
-
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Waits for other processes that are in here: several workers read a dataset once."""
+    """Waits for other processes that are in here: several workers read a dataset once.
+
+    A network file system may have no locks. Then each reads for itself, and the last one's is kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
@@ -111,10 +121,10 @@ def _source(card: Card, raw: Path | None) -> dict[str, Any]:
 def _is_of(place: Path, source: dict[str, Any]) -> bool:
     """Whether a kept graph was made from these raw files; any will do where they are gone."""
     try:
-        found = json.loads((place / _SOURCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = files.read_facts(place).get(_SOURCE, {})
+    except DataError:
         return False
-    if source["files"] is None and isinstance(found, dict):
+    if source["files"] is None:
         return bool(found.get("format") == source["format"])
     return bool(found == source)
 

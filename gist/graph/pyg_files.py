@@ -43,7 +43,9 @@ def read_planetoid(
     with _reading(folder, card), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the files are pickles of an old numpy and scipy
         data = read_planetoid_data(str(folder / "raw"), name)
-    return _graph(NormalizeFeatures()(data) if normalize_features else data, folder, card)
+    return GraphData.from_pyg(
+        NormalizeFeatures()(data) if normalize_features else data, name=card.name
+    )
 
 
 def read_single(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphData:
@@ -58,7 +60,7 @@ def read_single(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphD
         DataError: the raw files are damaged.
     """
     ((data,),) = _parsed(kind, folder, card)
-    return _graph(data, folder, card)
+    return GraphData.from_pyg(data, name=card.name)
 
 
 def read_ppi(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphData:
@@ -78,7 +80,7 @@ def read_ppi(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphData
     part = torch.arange(3).repeat_interleave(torch.tensor(counts))
     data = Data(x=union.x, edge_index=union.edge_index, y=union.y)
     data.train_mask, data.val_mask, data.test_mask = part == 0, part == 1, part == 2
-    return _graph(data, folder, card)
+    return GraphData.from_pyg(data, name=card.name)
 
 
 def _parsed(kind: type[InMemoryDataset], folder: Path, card: Card) -> list[list[Data]]:
@@ -128,18 +130,3 @@ def _reading(folder: Path, card: Card) -> Iterator[None]:
             got=f"{type(error).__name__}: {error}",
             remedy=f"delete them and run `gist prepare {card.name}`",
         ) from error
-
-
-def _graph(data: Data, folder: Path, card: Card) -> GraphData:
-    """The graph, which must have the sizes on the card."""
-    graph = GraphData.from_pyg(data, name=card.name)
-    got = (graph.num_nodes, graph.num_edges, graph.num_features, graph.num_classes)
-    expected = (card.nodes, card.edges, card.features, card.classes)
-    if got != expected:
-        raise DataError(
-            f"the raw files in {folder / 'raw'} are not those of {card.name}",
-            got="{:,} nodes, {:,} edges, {:,} features, {:,} classes".format(*got),
-            expected="{:,}, {:,}, {:,} and {:,}".format(*expected),
-            remedy=f"delete them and run `gist prepare {card.name}`",
-        )
-    return graph

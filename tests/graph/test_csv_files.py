@@ -59,6 +59,16 @@ def test_nodes_without_names_have_the_numbers_of_their_rows(tmp_path):
     assert data.fingerprint() == read(tmp_path).fingerprint()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_columns_may_be_named_by_their_numbers(first, tmp_path):
+    names, expected = f"{first},{first + 1}\n", read(tmp_path).fingerprint()
+    features = FEATURES.replace("f0,f1\n", names)
+    assert read(tmp_path, features=features).fingerprint() == expected
+    features = f"{names}0,1\n2,3\n4,5\n6,7\n"
+    edges, labels = "s,t\n0,1\n1,2\n2,3\n", "n,l,s\n0,0,train\n1,1,train\n2,2,val\n3,0,test\n"
+    assert read(tmp_path, edges, features, labels, node_ids=False).fingerprint() == expected
+
+
 def test_splits_as_arguments_and_nodes_without_labels(tmp_path):
     labels = "node,label\na,0\nc,\nb,1\n"
     edges = "s,t\n7,b\n"
@@ -110,7 +120,8 @@ BAD_EDGES = {
     + "a,b\n": r"lists an edge more than once; got: 1 such lines, among them line 5, which is "
     "line 2 again.*keep_duplicates",
     "s,t,w\na,b,heavy\n": r"line 2: a cell is not a finite number; got: 'heavy'",
-    "a,b\nb,c\n": r"line 1: the first line is not a header.*got: a, b; remedy: pass header=False",
+    "a,b\nb,c\n": r"line 1: the first line is not a header.*got: a, b; .*remedy: pass header=False",
+    "a,z,0.5\nb,c,0.5\n": r"line 1: the first line is not a header",
     's,t\na,b\n"a,b\n': r"cannot be read after line 2; got: unexpected end",
     EDGES.encode("utf-16"): r"cannot be read; got: 'utf-8' codec",
 }
@@ -122,6 +133,7 @@ BAD_FEATURES = {
     "n,f\na,1\n\nb,nan\n": r"line 4: a cell is not a finite number; got: 'nan'",
     "n,f\na,1e999\n": r"line 2: a cell is not a finite number; got: '1e999'",
     "n,f\n,1\n": r"line 2: the node has no name",
+    "a,0.5,1\nb,2,3\n": r"line 1: the first line is not a header.*got: a, 0\.5, 1; .*header=False",
     FEATURES + "a,8,9\n": r"line 6: a node has two lines; got: 'a', also on line 2",
 }
 BAD_LABELS = {
@@ -131,8 +143,12 @@ BAD_LABELS = {
     "n,l,s\nz,0,train\n": r"line 2 names a node that is not known; got: 'z'",
     LABELS + "b,1,\n": r"line 6: a node has two lines; got: 'b', also on line 3",
     "a,0,train\n": r"line 1: the first line is not a header",
+    "z,tea,train\n": r"line 1: the first line is not a header",
+    "z,3\n": r"line 1: the first line is not a header",
     "n,l,s\na,0,train\nb,0.5,val\n": r"line 3: the label is not a class; got: 0\.5",
     "n,l,s\na,0,train\nb,nan,val\n": r"line 3: the label is not a class; got: nan",
+    "n,l,s\na,1e300,train\n": r"line 2: the label is not a class; got: 1e300",
+    "n,l,s\na,0,train\nb,99999999999999999999,val\n": r"line 3: the label is not a class; got: 9",
     "n,l,s\na,fig,train\nb,1,val\n": r"line 2: the label is not a class; got: fig",
     "n,l,s\na,0,valid\n": r"line 2: unknown split; got: valid; expected: train, val, test or noth",
     "n,l,s\na,,val\n": r"line 2: the label of a node in a split is missing",

@@ -447,6 +447,15 @@ def test_missing_raw_files_say_which_go_where(places, name):
     assert "GIST_DATA" in message
 
 
+def test_a_saved_graph_may_be_named_by_a_path_object(tmp_path, monkeypatch):
+    data = csbm(num_nodes=20, num_classes=2, num_features=2, average_degree=4)
+    monkeypatch.chdir(tmp_path)
+    data.save("mine")
+    for path in (Path("mine"), tmp_path / "mine", "mine"):
+        assert load_dataset(path).fingerprint() == data.fingerprint()
+    assert load_dataset(Path("digits")).name == "digits"
+
+
 def test_a_root_replaces_the_places(places, tmp_path):
     with pytest.raises(DataError, match="lacks") as raised:
         load_dataset("cora", root=tmp_path / "mine")

@@ -137,6 +137,8 @@ def test_whatever_holds_a_graph():
     both = [GraphData.of(given) for given in (g, data)]
     assert both[0].fingerprint() == both[1].fingerprint()
     assert GraphData.of(both[0]) is both[0]
+    g.__class__ = type("Mine", (dgl.DGLGraph,), {"__module__": "mine"})
+    assert GraphData.of(g).fingerprint() == GraphData.from_dgl(g).fingerprint()
     with pytest.raises(DataError, match="from_pyg reads one homogeneous graph"):
         GraphData.of([g])
 

@@ -104,7 +104,10 @@ def test_a_file_arrives_whole_and_its_sum_is_written_down(server, tmp_path):
     assert files(tmp_path) == ["ogb/mine/SHA256SUMS", "ogb/mine/raw/a.bin"]
     digest = hashlib.sha256(BODY).hexdigest()
     assert (folder / "SHA256SUMS").read_text() == f"{digest}  raw/a.bin\n"
-    assert sums_known(mine, folder) == f"checksums of 1 raw files: 1 in {folder / 'SHA256SUMS'}"
+    assert sums_known(mine, folder) == (
+        f"checksums of 1 raw files: 1 in {folder / 'SHA256SUMS'}; its card has none, so only its "
+        "sizes say that these are the official files"
+    )
     verify(mine, folder)
     (folder / "raw" / "a.bin").write_bytes(BODY[1:])
     with pytest.raises(DataError, match=r"a\.bin is damaged or of another version.*SHA256SUMS too"):
@@ -195,11 +198,11 @@ def test_a_web_page_in_place_of_a_file_is_told(server, tmp_path):
 def test_an_archive_is_unpacked_with_or_without_a_folder_around_it(server, tmp_path, names):
     folder = fetch(archive(server, packed(*names)), tmp_path)
     assert (folder / "raw" / "a.bin").read_bytes() == BODY
-    assert len(files(folder)) == 3
+    assert files(folder) == ["SHA256SUMS", "raw/a.bin"], "nothing that the card does not name"
     assert [path.name for path in tmp_path.iterdir()] == ["ogb"]
 
 
-@pytest.mark.parametrize("name", ["../outside", "mine/../../outside", "/outside"])
+@pytest.mark.parametrize("name", ["../outside", "mine/../../outside", "/outside", "."])
 def test_files_outside_the_folder_are_refused(server, tmp_path, name):
     place = tmp_path / "data"
     with pytest.raises(DataError, match=r"mine\.zip is not to be trusted.*outside"):
@@ -218,6 +221,18 @@ def test_a_damaged_archive_leaves_nothing(server, tmp_path, damage):
 def flipped(content):
     middle = len(content) // 3
     return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("names", [["raw", "raw/a.bin"], ["raw/a.bin", "raw/a.bin/b", "raw"]])
+def test_a_file_and_a_folder_of_one_name_do_no_harm(server, tmp_path, names):
+    folder = fetch(archive(server, packed(*names)), tmp_path)
+    assert files(folder) == ["SHA256SUMS", "raw/a.bin"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(server, tmp_path):
+    with pytest.raises(DataError, match=r"downloaded for reddit lacks a\.bin"):
+        fetch(archive(server, packed("raw/a.bin/b")), tmp_path)
+    assert files(tmp_path) == []
 
 
 def test_an_archive_that_lacks_files_is_refused(server, tmp_path):

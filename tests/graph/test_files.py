@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import threading
 import zipfile
 from pathlib import Path
 
@@ -101,7 +103,8 @@ def test_a_folder_is_opened_without_reading_or_computing(tmp_path, monkeypatch):
         monkeypatch.delattr(GraphData, name)
     for name in ("is_symmetric", "has_symmetric_pattern", "has_self_loops", "to_scipy"):
         monkeypatch.delattr(Adjacency, name)
-    monkeypatch.delattr("hashlib.sha256")
+    for name in ("sha256", "file_digest"):
+        monkeypatch.delattr(f"hashlib.{name}")
     opened = GraphData.load(tmp_path / "graph")
     assert [getattr(opened.adjacency, name) for name in KNOWN] == [True, True, False]
     assert len(opened.fingerprint()) == 64
@@ -130,6 +133,7 @@ def test_the_layout_of_a_folder_is_plain_numpy(tmp_path):
             "dtype": array.dtype.str,
             "shape": list(array.shape),
             "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
     assert np.load(tmp_path / "graph" / "indptr.npy").tolist() == [0, 1, 3, 5, 6]
 
@@ -236,6 +240,42 @@ def test_damage_is_noticed_when_a_folder_is_opened(match, damage, folder):
     refused(folder, match)
 
 
+def overwrite(folder: Path, name: str, values: np.ndarray) -> None:
+    """Other content of the same size, in the layout of what was there."""
+    np.load(folder / f"{name}.npy", mmap_mode="r+")[...] = values
+
+
+@pytest.mark.parametrize("indptr", [[1, 1, 3, 5, 6], [0, 1, 3, 5, 5], [0, 9, 3, 5, 6]])
+def test_rows_that_are_no_rows_are_noticed_when_a_folder_is_opened(indptr, folder):
+    overwrite(folder, "indptr", indptr)
+    refused(folder, r"indptr\.npy is damaged.*expected: offsets that rise from 0 to 6")
+
+
+def test_other_damage_is_noticed_when_a_folder_is_verified(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    assert_same(GraphData.load(folder, verify=True), GraphData.load(folder))
+    overwrite(folder, "x", 7)
+    assert GraphData.load(folder).x[0, 0] == 7
+    with pytest.raises(DataError, match=r"x\.npy is damaged.*sha256.*sha256.*save the graph again"):
+        GraphData.load(folder, verify=True)
+    overwrite(folder, "x", PATH["x"])
+    overwrite(folder, "indices", [4, 0, 2, 1, 3, 2])
+    sum_ = hashlib.sha256((folder / "indices.npy").read_bytes()).hexdigest()
+    meta["arrays"]["indices"]["sha256"] = sum_
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=r"indices\.npy is damaged.*got: 0 to 4; expected: 0 to 3"):
+        GraphData.load(folder, verify=True)
+
+
+@pytest.mark.parametrize("name", ["settings", "known", "fingerprint", "arrays"])
+def test_facts_that_are_missing_or_are_something_else_are_refused(name, folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    for wrong in ({}, {name: None}, {name: {"task": "binary"}}):
+        others = {key: value for key, value in meta.items() if key != name}
+        (folder / "meta.json").write_text(json.dumps(others | wrong))
+        refused(folder, r"meta\.json is damaged.*save the graph again")
+
+
 def test_other_versions_and_other_arrays_are_refused(folder):
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"version": 2}))
@@ -274,6 +314,7 @@ def test_an_interrupted_save_leaves_the_old_graph(name, moment, tmp_path, monkey
         raise KeyboardInterrupt
 
     if moment == "rename":
+        monkeypatch.setattr(files, "_exchanged", lambda *_: False)  # as on other systems
         monkeypatch.setattr(Path, "replace", interrupt)
     else:
         monkeypatch.setattr(files, moment, interrupt)
@@ -284,6 +325,25 @@ def test_an_interrupted_save_leaves_the_old_graph(name, moment, tmp_path, monkey
     written = moment == "_sync_folder" and path.suffix == ".npz"  # renamed before
     assert found == (new if written else old).fingerprint()
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_finds_a_whole_graph_while_it_is_replaced(tmp_path):
+    graphs = [GraphData.from_edges(**PATH | {"x": PATH["x"] + i}, name=f"{i}") for i in range(2)]
+    path = graphs[0].save(tmp_path / "graph")
+
+    def replace() -> None:
+        for i in range(20):
+            graphs[i % 2].save(path)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        while writer.is_alive():
+            found = GraphData.load(path)
+            assert found.x[0, 0] == int(found.name)
+    finally:
+        writer.join()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_graph_larger_than_memory_can_be_opened(tmp_path):

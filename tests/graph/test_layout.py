@@ -14,7 +14,7 @@ from gist.errors import DataError
 from gist.graph import layout
 from gist.graph.batch import training_graph
 from gist.graph.clusters import ClusterSource
-from gist.graph.layout import keep_layout, lay_out
+from gist.graph.layout import keep_layout, keep_training_graph, lay_out
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def test_a_run_on_a_kept_layout_has_the_same_bits(saved, cache):
     for batches in (recipe, Cluster(num_parts=20, parts_per_batch=4, cache=False)):
         torch.manual_seed(0)
         model = gist.nn.GraphSAGE(6, 16, 4, 3)
-        GISTTrainer(model, saved, batches=batches, num_subnets=2, rounds=2, local_steps=3).fit()
+        settings = {"num_subnets": 2, "rounds": 2, "local_steps": 3, "executor": "serial"}
+        GISTTrainer(model, saved, batches=batches, **settings).fit()
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -87,8 +88,39 @@ def test_other_settings_and_other_graphs_have_their_own(saved, cache, tmp_path):
     ]
     assert len({folder, *others}) == 4
     part = training_graph(saved)
-    assert part.known_fingerprint is None
+    assert part.saved_fingerprint is None
     assert lay_out(part, 20, cache=cache).x.size(0) == int(saved.train_mask.sum())
+
+
+def test_the_training_graph_may_be_kept_with_a_layout_of_its_own(saved, cache, monkeypatch):
+    monkeypatch.setenv("GIST_CACHE", str(cache.parent))
+    plain = training_graph(saved)
+    kept = keep_training_graph(saved)
+    assert kept.saved_fingerprint == plain.fingerprint() == training_graph(saved).saved_fingerprint
+    folder = keep_layout(kept, 8)
+    assert folder is not None
+    monkeypatch.setattr(layout, "cut_graph", None)  # nothing is cut
+    torch.manual_seed(0)
+    model = gist.nn.GraphSAGE(6, 16, 4, 3)
+    trainer = GISTTrainer(model, saved, clusters=8, inductive=True, num_subnets=2, rounds=1)
+    assert torch.equal(trainer.objective.source.parts, lay_out(kept, 8).parts)
+
+
+def test_a_graph_changed_in_place_is_laid_out_anew(saved, cache):
+    keep_layout(saved, 20, cache=cache)
+    saved.x.mul_(2)
+    assert saved.saved_fingerprint is None
+    assert saved.to("meta").saved_fingerprint is None
+    found = lay_out(saved, 20, cache=cache)
+    assert torch.equal(found.x, saved.x[found.order])
+
+
+def test_a_trainer_on_a_kept_layout_makes_no_list_of_all_edges(saved, cache):
+    keep_layout(saved, 20, cache=cache)
+    recipe = Cluster(num_parts=20, parts_per_batch=4, cache=cache)
+    trainer = GISTTrainer(gist.nn.GraphSAGE(6, 16, 4, 3), saved, batches=recipe, rounds=1)
+    next(iter(trainer.objective.batches(seed=0, round=0, subnet=0, steps=1)))
+    assert not {"_listed", "edge_index"} & vars(saved.adjacency).keys()
 
 
 def test_a_graph_in_memory_has_its_cut_kept_alone(cache):
@@ -106,7 +138,7 @@ def test_a_damaged_layout_is_refused(saved, cache):
     (folder / "meta.json").write_text(json.dumps(meta))
     with (folder / "x.npy").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(DataError, match=r"x\.npy is damaged"):
+    with pytest.raises(DataError, match=r"x\.npy is damaged.*gist prepare NAME --clusters N"):
         lay_out(saved, 20, cache=cache)
     shutil.rmtree(folder)
     assert lay_out(saved, 20, cache=cache).x.shape == saved.x.shape

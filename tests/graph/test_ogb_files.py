@@ -17,10 +17,11 @@ from torch_geometric.utils import coalesce, to_undirected
 
 from gist import GraphData, load_dataset
 from gist.errors import ConfigError, DataError, MissingDependencyError
+from gist.graph import cards
 from gist.graph.cards import load_card
 from gist.graph.metrics import compute_metric
 from gist.graph.ogb_files import official_score
-from tests.ogb_layout import SPLITS, write_ogb_layout
+from tests.ogb_layout import SPLITS, write_cards, write_ogb_layout
 
 NAMES = ("ogbn-arxiv", "ogbn-products", "ogbn-proteins")
 NODES = 23
@@ -31,7 +32,16 @@ def cache(monkeypatch, tmp_path):
     """No GIST_DATA, an empty GIST_CACHE."""
     monkeypatch.delenv("GIST_DATA", raising=False)
     monkeypatch.setenv("GIST_CACHE", str(tmp_path))
+    use_cards(monkeypatch, tmp_path / "cards", edges=100)
     return tmp_path
+
+
+def use_cards(monkeypatch, folder, edges):
+    """From now on the cards say what sizes the tiny datasets have."""
+    names = (*NAMES, "amazon2m")
+    features = {name: 8 if name == "ogbn-proteins" else 4 for name in names}
+    changes = {n: {"nodes": NODES, "edges": edges, "features": features[n]} for n in names}
+    monkeypatch.setattr(cards, "_PLACES", (write_cards(folder, changes),))
 
 
 def write(folder, name, seed=0):
@@ -105,7 +115,8 @@ def test_arxiv_may_stay_directed(cache):
     assert torch.equal(data.edge_index, coalesce(torch.tensor(given.edges)))
 
 
-def test_products_count_self_loops_twice_as_ogb_does(cache):
+def test_products_count_self_loops_twice_as_ogb_does(cache, monkeypatch):
+    use_cards(monkeypatch, cache / "others", edges=4)
     folder = write(cache / "ogb", "ogbn-products").folder
     table(folder / "raw" / "edge.csv.gz", ["3,3", "0,1"])
     table(folder / "raw" / "num-edge-list.csv.gz", [2])
@@ -204,7 +215,7 @@ def test_the_layouts_are_those_of_ogbs_list():
         rows = {row[""]: row for row in csv.DictReader(stream)}
     for name in NAMES:
         card, of = load_card(name), {key: row[name] for key, row in rows.items()}
-        assert list(card.urls.values()) == [of["url"]]
+        assert list(card.urls.values()) == [of["url"].replace("http:", "https:")]
         assert of["split"] == SPLITS[name]
         assert f"split/{of['split']}/train.csv.gz" in card.checksums
         for files, kind in (("node-feat", "has_node_attr"), ("edge-feat", "has_edge_attr")):
@@ -236,6 +247,18 @@ def test_datasets_of_ogb_are_the_same_graphs(cache, ogb, name, kind):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_edge_that_ogbs_files_name_twice_is_one(cache, ogb, monkeypatch):
+    folder = write(cache / "ogb", "ogbn-arxiv").folder
+    table(folder / "raw" / "edge.csv.gz", ["0,1", "0,1", "2,0", "0,2"])
+    table(folder / "raw" / "num-edge-list.csv.gz", [4])
+    use_cards(monkeypatch, cache / "others", edges=4)
+    theirs = ogb.NodePropPredDataset("ogbn-arxiv", root=str(cache / "ogb"))
+    data = GraphData.from_ogb(theirs)
+    assert data.edge_index.tolist() == [[0, 0, 1, 2], [1, 2, 0, 0]]
+    assert data.fingerprint() == load_dataset("ogbn-arxiv").fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_dataset_of_ones_own_goes_through_ogbs_loader(cache, ogb):
     folder = write(cache, "ogbn-arxiv").folder
     meta = {
@@ -248,6 +271,8 @@ def test_a_dataset_of_ones_own_goes_through_ogbs_loader(cache, ogb):
     assert GraphData.from_ogb(dataset, directed=True, name="yours").name == "yours"
     assert GraphData.from_ogb(dataset, directed=True).num_edges == 50
     assert GraphData.from_ogb(dataset).num_edges == 100
+    dataset.__class__ = type("Mine", (ogb.NodePropPredDataset,), {"__module__": "mine"})
+    assert GraphData.of(dataset).num_edges == 100
 
 
 def test_from_ogb_refuses_what_is_no_dataset_of_ogb():
