@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import gist
 from gist.checkpoint import write_atomically
 from gist.compare import compare as run_comparison
 from gist.compare import differing_settings, write_run_config
@@ -35,7 +36,7 @@ from gist.config import (
 from gist.costs.costs import render as render_costs
 from gist.errors import ConfigError, GistError
 from gist.execution.comm import is_launched, local_device
-from gist.experiment import BASELINES, METHODS, MODELS, Experiment, plan_run
+from gist.experiment import BASELINES, HEADS, METHODS, MODELS, Experiment, plan_run
 from gist.graph.cards import table as card_table
 from gist.graph.clusters import Cluster
 from gist.graph.datasets import find_card, load_dataset, prepare_dataset
@@ -44,7 +45,6 @@ from gist.graph.places import data_folders, sums_known
 from gist.launch import launch
 
 app = typer.Typer(
-    help="Independent subnet training of graph networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -65,7 +65,7 @@ Hidden = Annotated[int | None, typer.Option(help="Width of every hidden layer.")
 Layers = Annotated[int | None, typer.Option(help="Number of layers.")]
 NormOption = Annotated[str | None, typer.Option(help="layer, batch or none.")]
 DropoutOption = Annotated[float | None, typer.Option(help="Dropout probability.")]
-Heads = Annotated[int | None, typer.Option(help="Attention heads of a GAT.")]
+Heads = Annotated[int | None, typer.Option(help=f"Attention heads of a GAT; {HEADS} by default.")]
 LocalSteps = Annotated[int | None, typer.Option(help="Steps of every subnet between two merges.")]
 Epochs = Annotated[float | None, typer.Option(help="Total budget, split over the subnets.")]
 Rounds = Annotated[int | None, typer.Option(help="Budget as a number of rounds instead.")]
@@ -135,6 +135,24 @@ JsonFile = Annotated[
 ]
 FastDevRun = Annotated[bool, typer.Option(help="A smoke run: one round of two steps.")]
 Deterministic = Annotated[bool, typer.Option(help="Refuse operations that are not deterministic.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gist {gist.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Independent subnet training of graph networks."""
 
 
 @app.command()
@@ -583,14 +601,14 @@ def _pairs(options: list[str] | None) -> dict[str, Any]:
 
 
 def _cards() -> Table:
-    (name, what, *counts), *rows = (row[:6] for row in card_table())
+    (name, what, *others), *rows = card_table()
     listed = Table(box=None, pad_edge=False)
     listed.add_column(name, no_wrap=True)
-    for count in counts:
+    for count in others[:4]:
         listed.add_column(count, justify="right", no_wrap=True)
-    listed.add_column(what)
-    for name, what, *counts in rows:
-        listed.add_row(name, *counts, what)
+    listed.add_column(f"{what}; {'; '.join(others[4:])}", overflow="fold")
+    for name, what, *others in rows:
+        listed.add_row(name, *others[:4], "\n".join([what, *others[4:]]))
     return listed
 
 

@@ -320,9 +320,7 @@ def _datasets() -> Check:
     try:
         for name in list_cards():
             card = load_card(name)
-            found = not card.checksums or any(
-                not places.missing_files(card, place) for place in places.data_folders(None)
-            )
+            found = not card.checksums or places.find_raw(card, None) is not None
             (ready if found else absent).append(name)
     except DataError as error:
         return Check(name="datasets", status="warning", detail=str(error))
@@ -330,7 +328,7 @@ def _datasets() -> Check:
     if not absent:
         return Check(name="datasets", status="ok", detail=detail)
     detail += f"; not there: {', '.join(absent)}"
-    remedy = f"gist prepare {absent[0]}"
+    remedy = "gist prepare NAME, with one of these names, downloads it"
     return Check(name="datasets", status="missing", detail=detail, remedy=remedy)
 
 

@@ -58,6 +58,9 @@ LARGE_MODEL_BYTES = 2**28
 """A larger model is drawn by :func:`~gist.execution.initialise.initialise`, wherever it lives, so
 that no worker has to hold all of it, and any number of them starts from the same values."""
 
+HEADS = 8
+"""Attention heads where no number is given."""
+
 GRAPH_SIZES = ("num_nodes", "num_edges", "num_features", "num_classes")
 MODEL_SETTINGS = ("model", "hidden", "layers", "norm", "dropout", "heads")
 
@@ -145,7 +148,7 @@ class Experiment:
         return load_dataset(self.dataset, **self.data_options)
 
     def trainer(self, data: GraphData, device: str = "cpu") -> GISTTrainer:
-        """A trainer with a freshly initialised model.
+        """A trainer with a freshly initialised model, in the precision of the features.
 
         Raises:
             ConfigError: a setting that cannot be used.
@@ -161,7 +164,7 @@ class Experiment:
                 remedy="use store='memory', or device='cpu'",
             )
         with torch.device("meta"):
-            model = build_model(data, seed=self.seed, **model_settings)
+            model = build_model(data, seed=self.seed, **model_settings).to(data.x.dtype)
         large = sum(p.nbytes for p in model.parameters()) > LARGE_MODEL_BYTES
         if large and is_launched() and device != "cpu":
             settings.setdefault("backend", "nccl")
@@ -171,7 +174,7 @@ class Experiment:
             place_model(model, {n: torch.empty_like(t, device=device) for n, t in tensors})
             initialise(model, self.seed)
         elif not (large or on_disk):  # else it is initialised where its tensors will live
-            model = build_model(data, seed=self.seed, **model_settings).to(device)
+            model = build_model(data, seed=self.seed, **model_settings).to(device, data.x.dtype)
         kinds = {"data-parallel": DataParallelTrainer, "ensemble": EnsembleTrainer}
         return kinds.get(self.method, GISTTrainer)(model, data, **settings)
 
@@ -269,7 +272,25 @@ def plan_run(
 def _settings_of(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, changed as a method wants them."""
     changes = {"full": full_model_settings, **BASELINES}
-    return changes[method](settings) if method in changes else settings
+    if method in changes:
+        settings = changes[method](settings)
+    if method not in _WHOLE:
+        _require_channels(settings)
+    return settings
+
+
+def _require_channels(settings: Mapping[str, Any]) -> None:
+    """Refuses more subnets than a head of a GAT has channels: these are what is dealt."""
+    hidden, heads = settings.get("hidden"), settings.get("heads") or HEADS
+    subnets = settings.get("num_subnets", 1)
+    most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
+    if settings.get("model") in ("gat", "gatv2") and hidden and hidden // heads < most:
+        raise ConfigError(
+            "more subnets than a head has channels: a gat's channels are dealt, not its heads",
+            got=f"hidden={hidden}, heads={heads}, num_subnets={most}",
+            expected="num_subnets <= hidden / heads",
+            remedy=f"hidden={heads * most} or more, fewer heads, or fewer subnets",
+        )
 
 
 def build_model(
@@ -295,7 +316,7 @@ def build_model(
     attends = model in ("gat", "gatv2")
     if heads is not None and not attends:
         raise ConfigError("only a gat has heads", got=f"model={model!r}, heads={heads}")
-    heads = 8 if heads is None else heads
+    heads = HEADS if heads is None else heads
     for name, value in (("hidden", hidden), ("layers", layers), ("heads", heads)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1", got=value)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -194,6 +195,10 @@ def test_compare_without_the_full_model_has_no_speedup(gist):
         (["train", "csbm", *TINY, "--dropout", "1"], r"dropout must be in [0, 1)"),
         (["train", "csbm", *TINY, "--hidden", "0"], "hidden must be at least 1"),
         (["train", "csbm", *TINY, "--model", "gat", "--heads", "3"], "multiple of heads"),
+        (
+            ["train", "csbm", *TINY, "--model", "gatv2"],
+            "got: hidden=16, heads=8, num_subnets=4; expected: num_subnets <= hidden / heads",
+        ),
         (["train", "csbm", "--data", "nodes=3"], "num_nodes"),
         (["train", "csbm", "--data", "num_nodes"], "NAME=VALUE"),
         (["train", "csbm", *TINY, "--device", "tpu"], "this device cannot be used; got: tpu"),
@@ -227,6 +232,10 @@ def test_cora_that_is_not_there_says_what_to_do(gist, monkeypatch, tmp_path):
     code, _, error = gist("train", "cora")
     assert code == 2
     assert "gist prepare cora" in error
+
+
+def test_the_version_is_printed(gist):
+    assert gist("--version") == (0, f"gist {version('gist-subnets')}\n", "")
 
 
 def test_prepare_lists_and_needs_no_network_for_generated_data(gist):

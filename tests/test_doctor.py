@@ -177,7 +177,7 @@ def test_data_folders_and_datasets(tmp_path, monkeypatch):
     ready, absent = find("datasets").detail.split("; not there: ")
     assert "digits" in ready
     assert "cora" in absent
-    assert find("datasets").remedy.startswith("gist prepare ")
+    assert find("datasets").remedy.startswith("gist prepare NAME")
 
     monkeypatch.setenv("GIST_DATA", str(data))
     assert find("GIST_DATA").status == "warning"

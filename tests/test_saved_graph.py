@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from gist.config import TrainConfig
 from gist.errors import ConfigError, DataError
 from gist.experiment import Experiment, build_model, plan_run
 from gist.graph.cards import load_card
+from gist.graph.data import GraphData
 from gist.graph.datasets import find_card
 
 TINY = ["--hidden", "8", "--epochs", "4", "--local-steps", "1", "--subnets", "2", "--threads", "1"]
@@ -53,6 +55,14 @@ def test_a_run_by_path_is_the_run_by_name(tmp_path):
     assert (named["dataset"], saved["dataset"]) == ("digits", str(path))
     for name in ("test_metric", "val_metric", "best_round", "settings", "model_settings"):
         assert named[name] == saved[name], name
+
+
+def test_the_model_has_the_precision_of_the_features(here):
+    data = GraphData.load("graph")
+    data = replace(data, x=data.x.double())
+    experiment = Experiment(dataset="graph", settings={"hidden": 8, "rounds": 1, "num_subnets": 2})
+    trainer = experiment.trainer(data)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float64}
 
 
 def test_train_and_compare_take_paths(here):

@@ -284,6 +284,10 @@ REFUSED = {
     "wrong input width": (
         lambda: GISTTrainer(GCN(9, 16, 3), DATA, num_subnets=2), "cannot run on this data.*8",
     ),
+    "other precision": (
+        lambda: GISTTrainer(GCN(8, 16, 3).double(), DATA, num_subnets=2),
+        r"got: model float64, features float32; remedy: model\.float\(\) or x\.double\(\)",
+    ),
     "wrong output width": (
         lambda: GISTTrainer(GCN(8, 16, 4), DATA, num_subnets=2), r"another width.*4.*3",
     ),
@@ -366,7 +370,7 @@ def weighted(sign: float = 1.0) -> GraphData:
 def test_edge_weights_are_used_or_refused():
     GISTTrainer(gcn(), weighted(), num_subnets=2, fast_dev_run=True).fit()
     GISTTrainer(pyg.GCN(8, 16, 2, 3), weighted(), num_subnets=2, fast_dev_run=True).fit()
-    for model in (GraphSAGE(8, 16, 3), pyg.GIN(8, 16, 2, 3), GAT(8, 16, 3)):
+    for model in (GraphSAGE(8, 16, 3, aggr="max"), pyg.GIN(8, 16, 2, 3), GAT(8, 16, 3)):
         with pytest.raises(DataError, match="does not use edge weights"):
             GISTTrainer(model, weighted(), num_subnets=2)
     with pytest.raises(DataError, match="edge weights of at least 0"):

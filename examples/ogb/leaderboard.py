@@ -279,7 +279,7 @@ def submission(
         "seconds": [result.seconds for result in results],
         "peak_memory_bytes": peak_memory(results),
         "settings": experiment.resolved(),
-        "versions": versions(),
+        "versions": versions() | {"ogb": find_ogb()},
     }
     return entry | {"to_do": to_do(entry)}
 

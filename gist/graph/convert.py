@@ -5,7 +5,8 @@ Shape legend: ``N`` nodes, ``E`` directed edges, ``F`` features, ``C`` output co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from numbers import Integral
 from typing import Any
 
 import networkx as nx
@@ -22,8 +23,14 @@ from gist.graph.metrics import METRICS, Task, one_of
 
 SPLITS = ("train", "val", "test")
 
+WEIGHT = "weight"
+"""The name of weights that graphs need not have; a name that was chosen must be there."""
 
-def as_tensor(what: str, value: Any) -> Tensor:
+
+_DENSE = ".toarray() or .to_dense() for a sparse matrix"
+
+
+def as_tensor(what: str, value: Any, remedy: str = f"convert it first, e.g. {_DENSE}") -> Tensor:
     """A plain tensor of ``value``, sharing memory where possible.
 
     Raises:
@@ -41,20 +48,22 @@ def as_tensor(what: str, value: Any) -> Tensor:
             f"{what} cannot be read as a dense array of numbers",
             got=type(value).__name__ + (f" of {kind}" if kind is not None else ""),
             expected="a torch tensor, a numpy array or equally long lists of numbers",
-            remedy="convert it first, e.g. .toarray() or .to_dense() for a sparse matrix",
+            remedy=remedy,
         ) from error
 
 
-def as_features(x: Any) -> Tensor:
-    """``[N, F]`` features: tensors keep their dtype, arrays and lists take torch's default.
+def as_features(x: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """``[N, F]`` features of ``dtype``.
+
+    Without one tensors keep theirs, and arrays and lists take torch's default.
 
     Raises:
         DataError: ``x`` is not a dense array of numbers.
     """
     features = as_tensor("features", x)
-    if features.is_complex() or isinstance(x, Tensor):
+    if features.is_complex() or (isinstance(x, Tensor) and dtype is None):
         return features
-    return features.to(torch.get_default_dtype())
+    return features.to(dtype or torch.get_default_dtype())
 
 
 def as_edge_values(what: str, values: Any, x: Tensor) -> Tensor | None:
@@ -94,6 +103,7 @@ def as_mask(split: str, value: Any, num_nodes: int) -> Tensor:
             f"the {split} split names nodes that do not exist",
             got=f"indices between {low} and {high}",
             expected=f"0 to {num_nodes - 1}",
+            remedy="count nodes from 0, in the order of the rows of x",
         )
     mask[given.long()] = True
     if int(mask.sum()) != len(given):
@@ -121,7 +131,8 @@ def as_labels(
         ConfigError: the task is unknown.
         DataError: the shape does not fit the task, or class numbers are not whole or not dense.
     """
-    labels = as_tensor("labels", y)
+    remedy = f"numpy.unique(y, return_inverse=True)[1] numbers classes with names; {_DENSE}"
+    labels = as_tensor("labels", y, remedy)
     if labels.dim() == 2 and labels.size(1) == 1 and task != "multilabel":
         labels = labels[:, 0]
     task = task or ("multilabel" if labels.dim() == 2 else "multiclass")
@@ -314,7 +325,7 @@ def dgl_inputs(
     Args:
         graph: One graph, with one type of nodes and of edges.
         given: Entries of ``ndata`` by name, or arrays, by argument.
-        weight: The entry of ``edata`` with the weights, if there is one of that name.
+        weight: The entry of ``edata`` with the weights, or None; :data:`WEIGHT` may be missing.
         edge_attr: The entry of ``edata`` with features of the edges, or None.
 
     Raises:
@@ -346,10 +357,14 @@ def dgl_inputs(
             remedy=f"set it, or name another or pass arrays as "
             f"{', '.join(f'{key}=' for key in lacking)}",
         )
-    if edge_attr is not None and edge_attr not in graph.edata:
-        raise DataError(
-            f"the DGLGraph has no edata {edge_attr!r}", got=f"entries {sorted(graph.edata)}"
-        )
+    chosen = {"weight": None if weight == WEIGHT else weight, "edge_attr": edge_attr}
+    for argument, name in chosen.items():
+        if name is not None and name not in graph.edata:
+            raise DataError(
+                f"the DGLGraph has no edata {name!r} ({argument})",
+                got=f"entries {sorted(graph.edata)}",
+                remedy=f"set it, or {argument}=None",
+            )
     values = None if weight is None else graph.edata.get(weight)
     if values is not None and values.dim() == 2 and values.size(1) == 1:
         values = values[:, 0]
@@ -413,7 +428,9 @@ def networkx_edge_values(
             f"edges without the attribute {name!r}",
             got=f"{len(lacking)} of {len(edges)}, first {lacking[0]}",
             expected="it on every edge" if required else "a weight on every edge, or on none",
-            remedy="fill it in" if required else "fill them in, or pass weight=None",
+            remedy="fill it in, or name another attribute"
+            if required
+            else "fill them in, or pass weight=None",
         )
     if lacking or not edges:
         return None
@@ -449,3 +466,41 @@ def node_values(graph: nx.Graph, what: str, value: Any) -> Any:
         )
     attributes = (attribute for _, attribute in graph.nodes(data=value))
     return _equal_shapes(f"the node attribute {value!r} ({what})", attributes)
+
+
+def split_values(graph: nx.Graph, split: str, value: Any) -> Any:
+    """As :func:`node_values`, and numbers in place of a list of names of nodes.
+
+    Names are strings and tuples. A list of whole numbers alone counts nodes in their order.
+
+    Raises:
+        DataError: names that no node has; or whole numbers which all are names as well, of other
+            nodes.
+    """
+    if isinstance(value, str):
+        return node_values(graph, split, value)
+    items = value.tolist() if isinstance(value, np.ndarray | Tensor) else value
+    if not isinstance(items, Collection):
+        return value
+    kinds = {type(item) for item in items}
+    if bool in kinds or not all(issubclass(kind, str | tuple | Integral) for kind in kinds):
+        return value
+    numbers = {node: i for i, node in enumerate(graph.nodes)}
+    found = [numbers.get(item) for item in items]
+    unknown = [item for item, number in zip(items, found, strict=True) if number is None]
+    if all(issubclass(kind, Integral) for kind in kinds):
+        if unknown or found == list(items):
+            return value
+        raise DataError(
+            f"the {split} split may name nodes, or count them in the order of graph.nodes",
+            got="whole numbers that are names of nodes, but not their places",
+            remedy=f"give a boolean mask or node attribute as {split}=, or rename the nodes with "
+            "networkx.convert_node_labels_to_integers",
+        )
+    if unknown:
+        raise DataError(
+            f"the {split} split names nodes that are not in the graph",
+            got=f"{len(unknown)} of {len(found)}, first {unknown[0]!r}",
+            expected="names of nodes, a boolean mask, or the name of a node attribute",
+        )
+    return np.array(found)

@@ -24,6 +24,8 @@ from gist.graph.convert import SPLITS
 Row = tuple[int, list[str]]
 """The number of a line, and its cells."""
 
+_OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs"}
+
 _LARGEST = 2**53
 """Below it all whole numbers are told apart when they are read as float64."""
 
@@ -149,12 +151,13 @@ def _read_labels(
         if split and not splits:
             splits = {known: [] for known in SPLITS}
         if split and split[0]:
-            if split[0] not in splits:
+            part = "val" if split[0] == "valid" else split[0]
+            if part not in splits:
                 expected = f"{', '.join(SPLITS)} or nothing"
                 raise _wrong(path, line, "unknown split", split[0], expected)
             if not label:
                 raise _wrong(path, line, "the label of a node in a split is missing")
-            splits[split[0]].append(node)
+            splits[part].append(node)
     y = np.full(len(number), -1, dtype=np.int64)
     y[list(labels)] = _classes(path, [lines[node] for node in labels], list(labels.values()))
     return y, dict(splits)
@@ -199,6 +202,7 @@ def _rows(path: Path, columns: Sequence[str], optional: str | None = None) -> It
     for line, cells in _lines(path):
         if not width:
             width = len(cells)
+            _refuse_other_delimiters(path, cells)
             most = width if optional is None else len(columns) + 1
             if not len(columns) <= width <= most:
                 more = "" if optional is None else f" and at most {optional}"
@@ -212,6 +216,18 @@ def _rows(path: Path, columns: Sequence[str], optional: str | None = None) -> It
         yield line, cells
     if not width:
         raise DataError(f"{path} is empty", expected=", ".join(columns))
+
+
+def _refuse_other_delimiters(path: Path, first: Sequence[str]) -> None:
+    for delimiter, name in _OTHER_DELIMITERS.items():
+        if len(first) == 1 and delimiter in first[0]:
+            raise DataError(
+                f"{path} seems to be separated by {name}",
+                got=repr(first[0]),
+                expected="commas between the cells",
+                remedy=f"pandas.read_csv(file, sep={delimiter!r}).to_csv(file, index=False) "
+                "writes it with commas",
+            )
 
 
 def _lines(path: Path) -> Iterator[Row]:

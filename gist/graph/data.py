@@ -217,6 +217,7 @@ class GraphData:
         if path.suffix == ".npz":
             names = ("edge_index", "edge_weight", "edge_attr", "x", "y")
             tensors = {name: getattr(data, name) for name in names} | splits
+            settings["float64"] = self.x.dtype == torch.float64
             files.write_archive(path, {**_arrays(tensors), **settings})
         else:
             tensors = {**data.adjacency.rows._asdict(), "x": data.x, "y": data.y, **splits}
@@ -235,7 +236,8 @@ class GraphData:
 
         Args:
             path: An ``.npz`` archive or a folder. The keys of an archive are arguments of
-                :meth:`from_edges`; ``x`` is float32, or float64 where that is wanted.
+                :meth:`from_edges`. Its ``x`` gets torch's default dtype; one more key,
+                ``float64``, says True for double precision, or False for single.
             verify: Read a folder as a whole and compare it with the sums that were saved with it,
                 where it may have been damaged since.
 
@@ -246,7 +248,9 @@ class GraphData:
         path = Path(path)
         if path.suffix == ".npz":
             given = {"name": path.stem, **files.read_archive(path)}
-            return cls.from_edges(**{**given, "x": convert.as_tensor("x", given["x"])})
+            kinds = {None: None, True: torch.float64, False: torch.float32}
+            given["x"] = convert.as_features(given["x"], kinds[given.pop("float64", None)])
+            return cls.from_edges(**given)
         required = ("indptr", "indices", "x", "y", *SPLITS)
         arrays, facts = files.read_folder(
             path, required, optional=("weight", "attr"), facts=_FACTS, verify=verify
@@ -277,9 +281,18 @@ class GraphData:
         """
         if isinstance(data, GraphData):
             return data
+        if isinstance(data, Data):
+            return cls.from_pyg(data)
         if is_from(type(data), "dgl"):
             return cls.from_dgl(data)
-        return cls.from_ogb(data) if is_from(type(data), "ogb") else cls.from_pyg(data)
+        if is_from(type(data), "ogb"):
+            return cls.from_ogb(data)
+        raise DataError(
+            "this holds no graph with features, labels and splits",
+            got=type(data).__name__,
+            expected="a GraphData, a Data of PyG, a DGLGraph or a node dataset of OGB",
+            remedy=_maker(data),
+        )
 
     @classmethod
     def from_edges(
@@ -392,7 +405,7 @@ class GraphData:
         train: Any = "train_mask",
         val: Any = "val_mask",
         test: Any = "test_mask",
-        weight: str | None = "weight",
+        weight: str | None = convert.WEIGHT,
         edge_attr: str | None = None,
         **settings: Any,
     ) -> GraphData:
@@ -405,7 +418,7 @@ class GraphData:
             train: The name of an entry of ``ndata``, a mask, or node indices.
             val: As ``train``.
             test: As ``train``.
-            weight: The entry of ``edata`` with the weights; None, or no entry of that name, for an
+            weight: The entry of ``edata`` with the weights; None, or no entry ``"weight"``, for an
                 unweighted graph.
             edge_attr: The entry of ``edata`` with the features of the edges.
             **settings: The other arguments of :meth:`from_edges`.
@@ -469,7 +482,7 @@ class GraphData:
         train: Any,
         val: Any,
         test: Any,
-        weight: str | None = "weight",
+        weight: str | None = convert.WEIGHT,
         edge_attr: str | None = None,
         **settings: Any,
     ) -> GraphData:
@@ -481,11 +494,13 @@ class GraphData:
             graph: A ``Graph``, ``DiGraph`` or a multigraph.
             x: The name of a node attribute, or an array ``[N, F]`` in node order.
             y: The name of a node attribute, or an array in node order.
-            train: The name of a boolean node attribute, a mask, or indices into ``graph.nodes``.
+            train: The name of a boolean node attribute, a mask, a list of nodes whose names are
+                strings or tuples, or indices into ``graph.nodes``. Whole numbers are indices;
+                those that could as well be names, of other nodes, are refused.
             val: As ``train``.
             test: As ``train``.
-            weight: The edge attribute with the weights; None, or no edge that has it, for an
-                unweighted graph.
+            weight: The edge attribute with the weights; None, or no edge with a ``"weight"``, for
+                an unweighted graph.
             edge_attr: The edge attribute with the features of an edge, a number or a list of them.
             **settings: The other arguments of :meth:`from_edges`.
 
@@ -499,13 +514,16 @@ class GraphData:
                 got=type(graph).__name__,
                 expected="networkx.Graph, DiGraph or a multigraph",
             )
-        given = {"x": x, "y": y, "train": train, "val": val, "test": test}
-        arrays = {key: convert.node_values(graph, key, value) for key, value in given.items()}
-        features = convert.as_features(arrays.pop("x"))
+        splits = {"train": train, "val": val, "test": test}
+        arrays = {key: convert.split_values(graph, key, value) for key, value in splits.items()}
+        arrays["y"] = convert.node_values(graph, "y", y)
+        features = convert.as_features(convert.node_values(graph, "x", x))
         if len(features) != len(graph):
             raise _mismatch("x", len(features), len(graph), "the graph")
         given = {
-            "edge_weight": convert.networkx_edge_values(graph, weight),
+            "edge_weight": convert.networkx_edge_values(
+                graph, weight, required=weight != convert.WEIGHT
+            ),
             "edge_attr": convert.networkx_edge_values(graph, edge_attr, required=True),
         }
         edges = convert.networkx_edges(graph)
@@ -669,8 +687,18 @@ class GraphData:
                 f"the graph is directed: edges without a reverse{same}",
                 got=f"{count:,} of {self.num_edges:,} edges",
                 expected="both directions of every edge",
-                remedy="symmetrize=True adds the missing reverses; directed=True keeps the graph",
+                remedy="symmetrize=True, as in GraphData.from_pyg(data, symmetrize=True), adds the "
+                "missing reverses; directed=True keeps the graph",
             )
+
+
+def _maker(data: Any) -> str:
+    """What may read something that :meth:`GraphData.of` does not take."""
+    if isinstance(data, nx.Graph):
+        return "GraphData.from_networkx(graph, x=..., y=..., train=..., val=..., test=...)"
+    if isinstance(data, str | os.PathLike):
+        return "GraphData.load reads a saved graph, GraphData.from_csv text"
+    return "dataset[0] of a dataset, to_homogeneous() of a HeteroData, GraphData.from_edges"
 
 
 def _arrays(tensors: Mapping[str, Tensor | None]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from gist.graph.data import GraphData
 from gist.graph.download import fetch
 from gist.graph.generate import arxiv_like, csbm, digits
 from gist.graph.ogb_files import read_arxiv, read_products, read_proteins
-from gist.graph.places import data_folders, find_raw, not_there, verify
+from gist.graph.places import find_raw, not_there, preparing, verify
 from gist.graph.processed import find_kept, keep, kept_folder
 from gist.graph.pyg_files import read_planetoid, read_ppi, read_single
 
@@ -93,9 +93,17 @@ def _of_raw_files(
             return _cluster_gcn_split(base)
         assert folder is not None
         if not verified:
-            verify(card, folder)
-        graph = _LOADERS[card.name](folder=folder, card=card, **options)
-        _check_sizes(graph, card, folder)
+            verify(card, folder, root=root)
+        try:
+            graph = _LOADERS[card.name](folder=folder, card=card, **options)
+            _check_sizes(graph, card, folder)
+        except DataError as error:
+            raise DataError(
+                error.what,
+                got=error.got,
+                expected=error.expected,
+                remedy=error.remedy or f"delete the damaged files and run {preparing(card, root)}",
+            ) from error
         return graph
 
     return keep(card, root, options, read) if kept else read()
@@ -113,7 +121,6 @@ def _check_sizes(graph: GraphData, card: Card, folder: Path) -> None:
             f"the raw files in {folder / 'raw'} are not those of {card.name}",
             got="{:,} nodes, {:,} edges, {:,} features, {:,} classes".format(*got),
             expected="{:,}, {:,}, {:,} and {:,}".format(*expected),
-            remedy=f"delete them and run `gist prepare {card.name}`",
         )
 
 
@@ -190,9 +197,9 @@ def prepare_dataset(name: str, root: str | Path | None = None, **options: Any) -
         return None
     every = _every_option(card, options)
     if (folder := find_raw(card, root)) is not None:
-        verify(card, folder)
+        verify(card, folder, root=root)
     elif (folder := _kept_folder(card, root, every)) is None:
-        folder = fetch(card, data_folders(root)[-1])
+        folder = fetch(card, root)
     _of_raw_files(card, root, every, verified=True)
     return folder
 

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -28,7 +28,7 @@ from rich.progress import (
 
 from gist.errors import DataError
 from gist.graph.cards import Card
-from gist.graph.places import SUMS, record_sums, verify
+from gist.graph.places import SUMS, data_folders, record_sums, verify
 
 _TIMEOUT_SECONDS = 60
 _TRIES = 5
@@ -40,14 +40,15 @@ _WORTH_ANOTHER_TRY = (408, 425, 429)
 """Answers that blame the client, and yet may be others in a moment."""
 
 
-def fetch(card: Card, place: Path) -> Path:
+def fetch(card: Card, root: str | Path | None) -> Path:
     """Downloads the raw files of a dataset that a data folder lacks, and verifies them.
 
-    An archive that lies where the error of a failed download says is taken in place of the network.
+    An archive that lies beside the dataset's folder, or in it, in any data folder, is taken in
+    place of the network.
 
     Args:
         card: Of the dataset.
-        place: The data folder.
+        root: As for :func:`~gist.graph.places.data_folders`: the last one of these is written to.
 
     Returns:
         The dataset's folder.
@@ -56,23 +57,26 @@ def fetch(card: Card, place: Path) -> Path:
         DataError: a download failed after several tries, or what came is not what the card says.
             Then nothing is left behind.
     """
+    places = data_folders(root)
+    place = places[-1]
     folder = place / card.folders[0]
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{card.name}-", dir=place) as name, _bar() as bar:
         new = Path(name) / "raw"
         for file, url in _wanted(card):
             if file.endswith("/"):
-                given = _beside(folder, url)
-                archive = given if given.is_file() else Path(name) / given.name
-                if archive is not given:
-                    _download(url, archive, given, bar)
+                archive = _given(card, url, places)
+                if archive is None:
+                    archive = Path(name) / _file_name(url)
+                    by_hand = f"{folder.parent / archive.name}, or what it holds in {folder / file}"
+                    _download(url, archive, by_hand + _elsewhere(root), bar)
                 _unpack(archive, new / file, _inside(card, file))
             elif not (folder / file).is_file():
-                _download(url, new / file, folder / file, bar)
+                _download(url, new / file, str(folder / file), bar)
         for file in card.checksums:
             if not (new / file).is_file():
                 _adopt(folder / file, new / file, card)
-        verify(card, folder, new=new)
+        verify(card, folder, new=new, root=root)
         record_sums(card, new)
         _move(new, folder)
     return folder
@@ -95,9 +99,19 @@ def _inside(card: Card, folder: str) -> set[PurePosixPath]:
     return {file.relative_to(folder) for file in files if file.is_relative_to(folder)}
 
 
-def _beside(folder: Path, url: str) -> Path:
-    """Where an archive may be put by hand."""
-    return folder.parent / PurePosixPath(urlsplit(url).path).name
+def _file_name(url: str) -> str:
+    return PurePosixPath(urlsplit(url).path).name
+
+
+def _given(card: Card, url: str, places: Sequence[Path]) -> Path | None:
+    """An archive that was put beside the dataset's folder, or into it, by hand; or None."""
+    folders = (place / name for place in places for name in card.folders)
+    files = (at / _file_name(url) for folder in folders for at in (folder.parent, folder))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _elsewhere(root: str | Path | None) -> str:
+    return "; or either of them in the same place below GIST_DATA" if root is None else ""
 
 
 def _adopt(there: Path, new: Path, card: Card) -> None:
@@ -135,7 +149,7 @@ def _bar() -> Progress:
     )
 
 
-def _download(url: str, path: Path, by_hand: Path, bar: Progress) -> None:
+def _download(url: str, path: Path, by_hand: str, bar: Progress) -> None:
     """Writes what a URL gives to ``path``, going on where the last try ended."""
     path.parent.mkdir(parents=True, exist_ok=True)
     transfer = _Transfer(url, path, bar)
@@ -158,7 +172,7 @@ def _download(url: str, path: Path, by_hand: Path, bar: Progress) -> None:
         f"cannot download {url}",
         got=failure,
         remedy=f"check the network and run the command again; or get it by hand and put it at "
-        f"{by_hand}, and then run the command again",
+        f"{by_hand}; and then run the command again",
     ) from failure
 
 

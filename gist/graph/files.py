@@ -37,8 +37,13 @@ SETTINGS: dict[str, type] = {
     "directed": bool,
     "symmetrize": bool,
     "name": str,
+    "float64": bool,
 }
-"""What else an archive may hold, each a 0-d array: all keys are arguments of ``from_edges``."""
+"""What else an archive may hold, each a 0-d array.
+
+``float64`` says whether features are of double precision; all other keys, as those of the arrays,
+are arguments of ``from_edges``.
+"""
 
 _FORMAT = "gist graph"
 _VERSION = 1

@@ -7,30 +7,44 @@ negatives of each link, ``M`` negatives that all links share.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, DataError
+from gist.graph import convert
 
 _CHUNK_ENTRIES = 2**20
 """Entries of embeddings that are multiplied at a time."""
 
 
-def link_scores(z: Tensor, pairs: Tensor) -> Tensor:
+def link_scores(z: Any, pairs: Any) -> Tensor:
     """Dot products of the embeddings of pairs of nodes: ``z_u · z_v``, the logit of a link.
 
     Gradients are added up in the order of the pairs, on the CPU the same on any number of threads.
 
     Args:
-        z: ``[N, C]`` embeddings; of ``m`` stacked subnets ``[N, m, C]``.
-        pairs: ``[2, K]`` int64.
+        z: ``[N, C]`` embeddings, as a tensor, an array or lists; of ``m`` stacked subnets
+            ``[N, m, C]``.
+        pairs: ``[2, K]`` numbers of nodes, likewise.
 
     Returns:
         ``[K]``; ``[K, m]`` of stacked subnets.
+
+    Raises:
+        DataError: something else is given as pairs or embeddings.
     """
-    first, second = (z.index_select(0, ends) for ends in pairs)
+    rows: Tensor = z if isinstance(z, Tensor) else convert.as_tensor("z", z)  # keeps gradients
+    nodes = convert.as_tensor("pairs", pairs)
+    if nodes.dtype not in (torch.int32, torch.int64) or nodes.dim() != 2 or nodes.size(0) != 2:
+        raise DataError(
+            "pairs must hold numbers of nodes",
+            got=f"{nodes.dtype} of shape {tuple(nodes.shape)}",
+            expected="whole numbers of shape (2, K)",
+        )
+    first, second = (rows.index_select(0, ends) for ends in nodes.to(rows.device))
     return (first * second).sum(dim=-1)
 
 

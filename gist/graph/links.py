@@ -331,7 +331,9 @@ def _inputs(graph: Any) -> dict[str, Any]:
             "LinkData.split reads one homogeneous graph",
             got=type(graph).__name__,
             expected="a GraphData, a torch_geometric.data.Data or a DGLGraph",
-            remedy="torch_geometric.data.Data(x=x, edge_index=edge_index) holds tensors",
+            remedy="torch_geometric.data.Data(x=x, edge_index=edge_index) holds tensors; "
+            "torch_geometric.utils.from_networkx(graph, group_node_attrs=['x']) makes one of a "
+            "networkx graph",
         )
     for name in ("x", "edge_index"):
         if getattr(graph, name, None) is None:

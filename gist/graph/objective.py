@@ -197,7 +197,6 @@ class GraphObjective:
             DataError: the graph has directions or weights that the model cannot use.
             PartitionError: the model cannot run on this data, or puts out another width.
         """
-        data = self.data
         self._check_graph(model)
         self._check_caches(model)
         self.source.check(model)
@@ -209,18 +208,35 @@ class GraphObjective:
             with torch.no_grad(), keeps_modes(model), without_caches(model):
                 out = model.eval()(*args, **keywords)
         except Exception as error:  # a forward pass of the user's may raise anything
-            arguments = "(graph, x)" if takes_dgl_graph(model) else "(x, edge_index)"
-            raise PartitionError(
-                f"{type(model).__name__} cannot run on this data",
-                got=(str(error) or type(error).__name__).splitlines()[0],
-                expected=f"a model of {arguments} that takes {data.num_features} features of "
-                f"{data.x.dtype}",
-            ) from error
+            raise self._cannot_run(model, error) from error
         if not isinstance(out, Tensor):
             raise PartitionError(
                 f"{type(model).__name__} must put out one tensor", got=type(out).__name__
             )
         self._check_width(model, out)
+
+    def _cannot_run(self, model: nn.Module, error: Exception) -> PartitionError:
+        """Says what kept a model from running."""
+        x, by_dgl = self.data.x, takes_dgl_graph(model)
+        what = f"{type(model).__name__} cannot run on this data"
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if kinds and kinds != {x.dtype}:
+            casts = {torch.float32: "float()", torch.float64: "double()"}
+            others = [f"x.{casts[kind]}" for kind in casts if kinds == {kind}]
+            return PartitionError(
+                f"{what}: their precision differs",
+                got=f"model {', '.join(sorted(map(_short, kinds)))}, features {_short(x.dtype)}",
+                remedy=" or ".join([f"model.{casts[x.dtype]}", *others]),
+            )
+        arguments = "(graph, x)" if by_dgl else "(x, edge_index)"
+        return PartitionError(
+            what,
+            got=f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": "),
+            expected=f"a model of {arguments} that takes {x.size(1)} features of {x.dtype}",
+            remedy="nothing is on the graph (ndata, edata): use the argument x"
+            if by_dgl and isinstance(error, KeyError)
+            else None,
+        )
 
     def _check_width(self, model: nn.Module, out: Tensor) -> None:
         """Refuses scores of the sample's nodes that are not those of the classes."""
@@ -286,7 +302,10 @@ class GraphObjective:
             if not uses_edge_weight(model):
                 raise DataError(
                     f"{name} does not use edge weights, but the graph has them",
-                    remedy="drop them (edge_weight=None), or use a GCN or gist.nn.GraphSAGE",
+                    remedy="drop them (weight=None), or add edge_weight=None to forward and give "
+                    "it to the layers"
+                    if takes_dgl_graph(model)
+                    else "drop them (edge_weight=None), or use a GCN or gist.nn.GraphSAGE",
                 )
             if bool((weight < 0).any()) and (symmetric or _takes_means(model)):
                 raise DataError(
@@ -307,6 +326,10 @@ class GraphObjective:
                 remedy=f"drop them (edge_attr=None), or use a GAT with edge_dim={columns}, such as "
                 f"gist.nn.GAT(..., v2=True, edge_dim={columns})",
             )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _takes_means(model: nn.Module) -> bool:

@@ -167,7 +167,6 @@ def _graph(folder: Path, card: Card, edge_index: Tensor, x: Tensor, **settings: 
             f"the files in {folder} make no graph: {error.what}",
             got=error.got,
             expected=error.expected,
-            remedy=f"delete the folder and run `gist prepare {card.name}`",
         ) from error
 
 
@@ -293,9 +292,4 @@ def _check(
 
 
 def _damaged(file: Path, got: Any, expected: Any) -> DataError:
-    return DataError(
-        f"{file} is damaged",
-        got=got,
-        expected=expected,
-        remedy="delete it and run `gist prepare` with the name of the dataset",
-    )
+    return DataError(f"{file} is damaged", got=got, expected=expected)

@@ -18,6 +18,9 @@ from gist.graph.cards import Card
 SUMS = "SHA256SUMS"
 """In a dataset's folder: sums that the card does not have, from when files were downloaded."""
 
+_FILES_NAMED = 3
+"""How many missing files an error names; it counts the others."""
+
 
 def data_folders(root: str | Path | None) -> list[Path]:
     """Folders to look in; the last is the one to write to."""
@@ -26,13 +29,6 @@ def data_folders(root: str | Path | None) -> list[Path]:
     data = os.environ.get("GIST_DATA")
     cache = Path(os.environ.get("GIST_CACHE") or "~/.cache/gist").expanduser()
     return [Path(data).expanduser(), cache] if data else [cache]
-
-
-def missing_files(card: Card, place: Path) -> list[str]:
-    """Raw files of a dataset that a data folder lacks, as paths below it."""
-    if _complete_folder(card, place) is not None:
-        return []
-    return [file for file in card.files if not (place / file).is_file()]
 
 
 def find_raw(card: Card, root: str | Path | None) -> Path | None:
@@ -52,32 +48,53 @@ def _has_all(card: Card, folder: Path) -> bool:
 
 def not_there(card: Card, root: str | Path | None) -> DataError:
     """The error that tells where which raw files are missing."""
-    searched = (
-        f"{place} lacks {', '.join(missing_files(card, place))}" for place in data_folders(root)
-    )
+    otherwise = "set GIST_DATA to a folder that holds them" if root is None else "put them there"
     return DataError(
         f"the raw files of {card.name} are not there",
-        got="; ".join(searched),
-        expected="all of them in one of these folders",
-        remedy=f"run `gist prepare {card.name}`, which downloads them, or set GIST_DATA to a "
-        "folder that holds them",
+        got="; ".join(_lacking(card, place) for place in data_folders(root)),
+        expected=f"all of them in {' or '.join(card.folders)} below a data folder",
+        remedy=f"run {preparing(card, root)}, which downloads them, or {otherwise}",
     )
 
 
-def verify(card: Card, folder: Path, *, new: Path | None = None) -> None:
+def preparing(card: Card, root: str | Path | None) -> str:
+    """What is to be run to have a dataset's files in the folder ``root``, or in the cache."""
+    if root is None:
+        return f"`gist prepare {card.name}`"
+    return f"`gist.prepare_dataset({card.name!r}, root={str(root)!r})`"
+
+
+def _lacking(card: Card, place: Path) -> str:
+    """What a data folder lacks, of the dataset's folder in it that has most of the files."""
+    if not place.is_dir():
+        return f"{place} does not exist"
+    lacks = {place: card.files}
+    for folder in (place / name for name in card.folders):
+        if folder.is_dir():
+            lacks[folder] = [file for file in card.checksums if not (folder / file).is_file()]
+    folder, missing = min(lacks.items(), key=lambda item: len(item[1]))
+    more = len(missing) - _FILES_NAMED
+    named = ", ".join(missing[:_FILES_NAMED])
+    return f"{folder} lacks {named}" + (f" and {more} more" if more > 0 else "")
+
+
+def verify(
+    card: Card, folder: Path, *, new: Path | None = None, root: str | Path | None = None
+) -> None:
     """Compares raw files with their SHA-256 on the card, or from when they were downloaded.
 
     Args:
         card: Of the dataset.
         folder: The dataset's folder.
         new: Where files lie that are meant for that folder; None for those that are in it.
+        root: As for :func:`data_folders`.
 
     Raises:
         DataError: a file is another one.
     """
     for file, expected in known_sums(card, folder).items():
         if (got := _sha256((new or folder) / file)) != expected:
-            remedy = f"delete it and run `gist prepare {card.name}`"
+            remedy = f"delete it and run {preparing(card, root)}"
             if card.checksums[file] is None:
                 remedy += f"; or delete {folder / SUMS} too, if a new version is meant"
             raise DataError(

@@ -40,7 +40,7 @@ def read_planetoid(
     Raises:
         DataError: the raw files are damaged.
     """
-    with _reading(folder, card), warnings.catch_warnings():
+    with _reading(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the files are pickles of an old numpy and scipy
         data = read_planetoid_data(str(folder / "raw"), name)
     return GraphData.from_pyg(
@@ -59,7 +59,7 @@ def read_single(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphD
     Raises:
         DataError: the raw files are damaged.
     """
-    ((data,),) = _parsed(kind, folder, card)
+    ((data,),) = _parsed(kind, folder)
     return GraphData.from_pyg(data, name=card.name)
 
 
@@ -74,7 +74,7 @@ def read_ppi(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphData
     Raises:
         DataError: the raw files are damaged.
     """
-    splits = _parsed(kind, folder, card)
+    splits = _parsed(kind, folder)
     union = Batch.from_data_list([data for split in splits for data in split])
     counts = [sum(data.num_nodes for data in split) for split in splits]
     part = torch.arange(3).repeat_interleave(torch.tensor(counts))
@@ -83,7 +83,7 @@ def read_ppi(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphData
     return GraphData.from_pyg(data, name=card.name)
 
 
-def _parsed(kind: type[InMemoryDataset], folder: Path, card: Card) -> list[list[Data]]:
+def _parsed(kind: type[InMemoryDataset], folder: Path) -> list[list[Data]]:
     """What PyG's class makes of the raw files, for each file that it would keep.
 
     It neither downloads, since the raw files are there, nor writes what it made, which may be
@@ -101,7 +101,7 @@ def _parsed(kind: type[InMemoryDataset], folder: Path, card: Card) -> list[list[
             """What was made is returned, not kept in the dataset."""
 
     with (
-        _reading(folder, card),
+        _reading(folder),
         tempfile.TemporaryDirectory() as elsewhere,
         contextlib.redirect_stderr(io.StringIO()),  # it says that it is processing
     ):
@@ -110,7 +110,7 @@ def _parsed(kind: type[InMemoryDataset], folder: Path, card: Card) -> list[list[
 
 
 @contextlib.contextmanager
-def _reading(folder: Path, card: Card) -> Iterator[None]:
+def _reading(folder: Path) -> Iterator[None]:
     """Turns whatever parsing raises on other content into one error."""
     try:
         yield
@@ -128,5 +128,4 @@ def _reading(folder: Path, card: Card) -> Iterator[None]:
         raise DataError(
             f"cannot read the raw files in {folder / 'raw'}",
             got=f"{type(error).__name__}: {error}",
-            remedy=f"delete them and run `gist prepare {card.name}`",
         ) from error

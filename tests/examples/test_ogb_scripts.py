@@ -203,7 +203,7 @@ def test_arxiv_trains_the_full_model_and_writes_a_submission(scripts, root, tmp_
     assert entry["command"].startswith("python examples/ogb/arxiv.py --data_dir ")
     assert [text.split()[1] for text in entry["to_do"]] == ["--code", "--paper", "with"]
     assert {"official", "external_data", "tuned_hyperparameters", "hardware"} <= entry.keys()
-    assert entry["versions"].keys() >= {"gist", "torch"}
+    assert entry["versions"].keys() >= {"gist", "torch", "ogb"}
 
 
 def test_the_default_seeds_and_all_links_leave_nothing_to_do(scripts):

@@ -69,6 +69,18 @@ def test_columns_may_be_named_by_their_numbers(first, tmp_path):
     assert read(tmp_path, edges, features, labels, node_ids=False).fingerprint() == expected
 
 
+def test_valid_is_another_word_for_val(tmp_path):
+    labels = LABELS.replace("val\n", "valid\n")
+    assert read(tmp_path, labels=labels).fingerprint() == read(tmp_path).fingerprint()
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_other_delimiters_are_named(tmp_path, delimiter, name):
+    other = FEATURES.replace(",", delimiter)
+    with pytest.raises(DataError, match=rf"features\.csv seems to be separated by {name}"):
+        read(tmp_path, features=other)
+
+
 def test_splits_as_arguments_and_nodes_without_labels(tmp_path):
     labels = "node,label\na,0\nc,\nb,1\n"
     edges = "s,t\n7,b\n"
@@ -150,7 +162,7 @@ BAD_LABELS = {
     "n,l,s\na,1e300,train\n": r"line 2: the label is not a class; got: 1e300",
     "n,l,s\na,0,train\nb,99999999999999999999,val\n": r"line 3: the label is not a class; got: 9",
     "n,l,s\na,fig,train\nb,1,val\n": r"line 2: the label is not a class; got: fig",
-    "n,l,s\na,0,valid\n": r"line 2: unknown split; got: valid; expected: train, val, test or noth",
+    "n,l,s\na,0,dev\n": r"line 2: unknown split; got: dev; expected: train, val, test or noth",
     "n,l,s\na,,val\n": r"line 2: the label of a node in a split is missing",
     b"n,l,s\na,\xff,val\n": r"cannot be read after line 1; got: 'utf-8' codec",
 }

@@ -199,7 +199,8 @@ def test_more_classes_than_labels_seen():
         (r"fit the task multiclass; got: .*\(4, 2\)", {"y": [[0, 1]] * 4, "task": "multiclass"}),
         (r"fit the task multilabel", {"task": "multilabel"}),
         (r"y and x disagree on the number of nodes; got: 3; expected: 4", {"y": [0, 1, 2]}),
-        (r"labels cannot be read.*got: list", {"y": ["a", "b", "c", "d"]}),
+        (r"labels cannot be read.*got: list.*return_inverse", {"y": ["a", "b", "c", "d"]}),
+        (r"labels cannot be read.*return_inverse", {"y": np.array(["a", "b", "c", "d"])}),
     ],
 )
 def test_labels_that_are_refused(match, changes):
@@ -557,3 +558,42 @@ def test_from_networkx_refuses():
     with pytest.raises(DataError, match=r"without the attribute 'weight'; got: 2 of 3, first"):
         GraphData.from_networkx(graph, **arrays)
     assert GraphData.from_networkx(graph, weight=None, **arrays).edge_weight is None
+    with pytest.raises(DataError, match=r"without the attribute 'wieght'; got: 3 of 3, first"):
+        GraphData.from_networkx(graph, weight="wieght", **arrays)
+
+
+@pytest.mark.parametrize("name", ["node {}".format, lambda i: (i, i)])
+def test_splits_of_networkx_may_name_nodes(name):
+    graph = nx.relabel_nodes(nx.path_graph(4), name)
+    arrays = {"x": FEATURES, "y": [0, 1, 2, 0]}
+    expected = GraphData.from_networkx(graph, **arrays, train=[3, 1], val=[0], test=[2])
+    named = {"train": [name(3), name(1)], "val": (name(0),), "test": {name(2)}}
+    got = GraphData.from_networkx(graph, **arrays, **named)
+    assert got.fingerprint() == expected.fingerprint()
+    with pytest.raises(DataError, match=r"test split names nodes.*got: 1 of 2, first 'node 9'"):
+        GraphData.from_networkx(graph, **arrays, **(named | {"test": [name(2), "node 9"]}))
+
+
+def test_whole_numbers_that_may_name_other_nodes_are_refused():
+    graph = nx.relabel_nodes(nx.path_graph(4), lambda i: i + 1)
+    arrays = {"x": FEATURES, "y": [0, 1, 2, 0]}
+    with pytest.raises(DataError, match=r"train split may name nodes, or count them.*mask"):
+        GraphData.from_networkx(graph, **arrays, train=[1, 2], val=[3], test=[4])
+    masks = np.eye(4, dtype=bool)
+    splits = {"train": masks[0], "val": masks[1].tolist(), "test": torch.tensor(masks[2])}
+    assert GraphData.from_networkx(graph, **arrays, **splits).train_mask.tolist() == [
+        True, False, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given_", "remedy"),
+    [
+        (nx.path_graph(4), "from_networkx"),
+        ("graph.csv", "load reads a saved graph, GraphData.from_csv"),
+        (HeteroData(), "to_homogeneous"),
+    ],
+)
+def test_what_holds_no_graph_is_told_what_reads_it(given_, remedy):
+    with pytest.raises(DataError, match=rf"expected: a GraphData.*OGB; remedy: .*{remedy}"):
+        GraphData.of(given_)

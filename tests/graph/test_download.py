@@ -255,6 +255,25 @@ def test_an_archive_put_there_by_hand_is_taken(server, tmp_path):
     assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize("file", ["ogb/mine.zip", "ogb/mine/mine.zip"])
+def test_an_archive_in_another_data_folder_is_unpacked_into_the_cache(
+    server, tmp_path, monkeypatch, file
+):
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    monkeypatch.setenv("GIST_DATA", str(data))
+    monkeypatch.setenv("GIST_CACHE", str(cache))
+    mine = archive(server, packed("mine/raw/a.bin"))
+    content = server.files.pop("/mine.zip")
+    told = rf"put it at {cache}/ogb/mine\.zip, or what it holds in {cache}/ogb/mine;.*GIST_DATA"
+    with pytest.raises(DataError, match=told):
+        fetch(mine, None)
+    (data / file).parent.mkdir(parents=True)
+    (data / file).write_bytes(content)
+    assert fetch(mine, None) == cache / "ogb" / "mine"
+    assert files(data) == [file]
+    assert files(cache) == ["ogb/mine/SHA256SUMS", "ogb/mine/raw/a.bin"]
+
+
 def test_an_interrupted_command_leaves_nothing(server, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -79,6 +79,7 @@ def graphs(draw: st.DrawFn) -> GraphData:
         val=[2, 1],
         test=[3],
         task=task,
+        num_classes=2 if task == "multiclass" else None,
         directed=directed,
         name=draw(st.sampled_from(["graph", "größe 1"])),
         **carried,
@@ -158,6 +159,16 @@ def test_an_archive_may_be_written_with_numpy(tmp_path):
     assert added.num_edges == 6
     np.savez_compressed(tmp_path / "small.npz", **PATH)
     assert GraphData.load(tmp_path / "small.npz").fingerprint() == data.fingerprint()
+
+
+def test_the_precision_of_an_archive_is_the_default_unless_it_says_so(tmp_path):
+    x = PATH["x"] / 3
+    for given_ in (x, x.astype(float)):
+        assert same(GraphData.load(archive(tmp_path, x=given_)).x, torch.tensor(x))
+    double = GraphData.load(archive(tmp_path, x=x.astype(float), float64=True))
+    assert same(double.x, torch.tensor(x, dtype=torch.float64))
+    loaded = GraphData.load(double.save(tmp_path / "graph.npz"))
+    assert_same(loaded, double)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, DataError
 from gist.graph import link_metrics
 from gist.graph.link_metrics import link_loss, link_metric, link_scores, rank_scores
 from gist.graph.metrics import loss
@@ -67,6 +68,15 @@ def test_scores_are_dot_products_however_many_at_a_time(monkeypatch):
     assert float(whole[2, 3]) == pytest.approx(float(z[pairs[0, 2, 3], 1] @ z[pairs[1, 2, 3], 1]))
     monkeypatch.setattr(link_metrics, "_CHUNK_ENTRIES", 9)
     assert torch.equal(rank_scores(z[:, 1], pairs), whole)
+
+
+def test_lists_and_arrays_have_scores_too():
+    z, pairs = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[0, 0], [1, 2]]
+    assert link_scores(z, pairs).tolist() == [11, 17]
+    assert link_scores(torch.tensor(z), np.array(pairs)).tolist() == [11, 17]
+    for wrong in ([[0, 1], [0, 2], [1, 2]], [[0.0], [1.0]], [0, 1]):
+        with pytest.raises(DataError, match="pairs must hold numbers of nodes"):
+            link_scores(z, wrong)
 
 
 def test_the_loss_is_that_of_training_where_links_and_others_are_as_many():

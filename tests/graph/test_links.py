@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -205,6 +206,7 @@ REFUSED = {
         "NaN.*first node 7",
     ),
     "no graph": (lambda: LinkData.split([GRAPH]), "got: list"),
+    "networkx": (lambda: LinkData.split(nx.path_graph(9)), r"got: Graph.*from_networkx\("),
 }
 
 

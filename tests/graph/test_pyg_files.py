@@ -174,5 +174,5 @@ def test_files_of_another_dataset_are_refused(name, monkeypatch):
 def test_missing_files_are_named(name, offline):
     file = next((offline / "cache" / name / "raw").iterdir())
     file.unlink()
-    with pytest.raises(DataError, match=rf"lacks {name}/raw/{file.name}; .*gist prepare {name}"):
+    with pytest.raises(DataError, match=rf"{name} lacks raw/{file.name}; .*gist prepare {name}"):
         load_dataset(name)
