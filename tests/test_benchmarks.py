@@ -60,7 +60,7 @@ def in_json(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["repartition", *(pytest.param(n, marks=slow) for n in COLUMNS if n != "repartition")]
+    "name", ["cached_start", *(pytest.param(n, marks=slow) for n in COLUMNS if n != "cached_start")]
 )
 def test_a_benchmark_writes_its_rows(name, tmp_path):
     printed = run_script(
@@ -77,6 +77,7 @@ def test_a_benchmark_writes_its_rows(name, tmp_path):
                 assert value > 0 or (value == 0 and column in MAY_BE_ZERO)
 
 
+@slow
 def test_a_profile_counts_all_products_of_a_step(tmp_path):
     sizes = ["--hidden", "64", "--layers", "3", "--nodes", "2000", "--local-steps", "2"]
     run_script(

@@ -242,7 +242,7 @@ def test_without_the_best_model_a_run_takes_one_model_less():
 
 
 def test_checkpoints_are_two_of_everything_that_a_run_goes_on_from(tmp_path):
-    settings = {"num_subnets": 8, "out": tmp_path}
+    settings = {"num_subnets": 2, "out": tmp_path}
     plain = plan(**settings)
     assert "checkpoints" not in plain.disk
     size = plain.disk["model"]
@@ -257,11 +257,11 @@ def test_checkpoints_are_two_of_everything_that_a_run_goes_on_from(tmp_path):
 
 
 def test_a_carried_state_is_two_moments_of_every_entry():
-    costs = plan(num_subnets=8, optimizer_state="carry")
+    costs = plan(num_subnets=2, optimizer_state="carry")
     carried = costs.memory["training"]["carried_state"]
     assert 8 * entries(D) <= carried <= 1.02 * 9 * entries(D), "and whether it was seen"
     assert costs.memory["evaluation"]["carried_state"] == carried
-    assert not any("carried_state" in items for items in plan(num_subnets=8).memory.values())
+    assert not any("carried_state" in items for items in plan(num_subnets=2).memory.values())
 
 
 # Subnets, and where they run.
@@ -374,7 +374,7 @@ def test_what_cannot_be_stacked_is_planned_one_after_the_other(settings):
 
 
 def test_as_many_are_stacked_as_the_limit_has_room_for():
-    settings = {"num_subnets": 8, "executor": "stacked", "evaluation": "layerwise"}
+    settings = {"num_subnets": 4, "executor": "stacked", "evaluation": "layerwise"}
     most = plan(**settings)
     least = plan(**settings | {"executor": "serial"})
     span = most.memory["training"]["activations"] - least.memory["training"]["activations"]
@@ -383,7 +383,7 @@ def test_as_many_are_stacked_as_the_limit_has_room_for():
     assert all(costs.fits and not costs.remedies for costs in found)
     at_once = [costs.stacked_at_once for costs in found]
     assert at_once == sorted(at_once, reverse=True)
-    assert at_once[0] == 8
+    assert at_once[0] == 4
     assert len(set(at_once)) == 3
     assert all(costs.flops == most.flops for costs in found)
 

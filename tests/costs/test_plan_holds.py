@@ -40,7 +40,7 @@ print(json.dumps([planned, trainer.fit().peak_memory_bytes]))
     [
         pytest.param((1_000, 10, 50, 4_096, 3, "sage"), id="wide"),
         pytest.param((60_000, 10, 64, 256, 2, "gcn"), id="many nodes"),
-        pytest.param((5_000, 10, 50, 1_024, 6, "sage"), id="deep"),
+        pytest.param((5_000, 10, 50, 1_024, 6, "sage"), id="deep", marks=pytest.mark.slow),
     ],
 )
 def test_the_measured_peak_stays_within_15_percent_above_the_plan(shape, executor):
