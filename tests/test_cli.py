@@ -166,6 +166,7 @@ def test_a_card_may_have_a_schedule_of_subnets(gist):
         assert json.loads(printed)["subnets"] == subnets
 
 
+@pytest.mark.slow
 def test_compare_evaluates_all_methods_as_often(gist):
     common = ["compare", "csbm", *TINY, "--epochs", "16", "--local-steps", "1", "--subnets", "4"]
     _, printed, _ = gist(*common, "--json", "-")

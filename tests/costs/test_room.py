@@ -171,7 +171,7 @@ def peaks(m: int, **settings: Any) -> tuple[int, int]:
     return one, all_of_them
 
 
-@pytest.mark.parametrize("executor", ["stacked", "auto"])
+@pytest.mark.parametrize("executor", [pytest.param("stacked", marks=pytest.mark.slow), "auto"])
 def test_a_limit_with_room_for_some_side_by_side_trains_that_many(executor):
     one, every = peaks(8, **SIDE_BY_SIDE)
     limit = (one + every) // 2
@@ -204,7 +204,7 @@ def test_fewer_side_by_side_train_the_same_model():
     torch.testing.assert_close(few, train(executor="stacked"), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("executor", ["stacked", "auto"])
+@pytest.mark.parametrize("executor", [pytest.param("stacked", marks=pytest.mark.slow), "auto"])
 def test_a_limit_with_room_for_one_at_a_time_runs_serially_and_says_so(executor, capsys):
     one, every = peaks(3, **SIDE_BY_SIDE)
     limit = one + (every - one) // 4
