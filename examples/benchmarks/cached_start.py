@@ -1,7 +1,7 @@
 """Starting on a large saved graph: seconds and memory before the first batch.
 
 A random graph of the shape of ogbn-products (csbm) is saved, and its layout by clusters kept; that
-takes half an hour, and is skipped where it was done before. Then fresh processes open the graph,
+takes many minutes, and is skipped where it was done before. Then fresh processes open the graph,
 make a model and a trainer, and take the first batch. Memory is what the process has more than after
 its imports; "own" leaves out pages that are shared with files.
 

@@ -16,7 +16,6 @@ from gist.execution.allocator import GROWTH
 from gist.execution.comm import Comm
 from gist.execution.memory import free_memory, memory_in_use
 from gist.graph.inference import passes_messages
-from gist.graph.link_objective import LinkObjective
 from gist.graph.objective import GraphObjective
 from gist.graph.outline import OutlineObjective
 from gist.partition.spec import PartitionSpec, model_tensors
@@ -120,7 +119,7 @@ def _rough_bound(model: nn.Module, objective: GraphObjective) -> int:
     """More than a run takes: every tensor that it may ever make at once, and several times."""
     data = objective.data
     rows = data.num_nodes
-    if passes_messages(model) or isinstance(objective, LinkObjective):
+    if passes_messages(model) or objective.scores_edges:
         rows += data.num_edges
     tensors = model_tensors(model).values()
     columns = data.num_features + data.num_classes + sum(max(t.shape, default=0) for t in tensors)

@@ -338,6 +338,13 @@ class Adjacency:
         """Whether an edge leads from a node to itself."""
         return bool((self.rows.indices == self._row_numbers()).any())
 
+    def self_looped(self) -> Tensor:
+        """``[T]`` bool: whether an edge leads from the node to itself."""
+        row = self._row_numbers()
+        looped = torch.zeros(self.num_targets, dtype=torch.bool, device=self.device)
+        looped[row[self.rows.indices == row].long()] = True
+        return looped
+
     def _row_numbers(self) -> Tensor:
         rows = torch.arange(self.num_targets, dtype=self.rows.indices.dtype, device=self.device)
         return rows.repeat_interleave(self.rows.counts(), output_size=self.num_edges)

@@ -127,6 +127,11 @@ class GraphData:
         """``[E]``, or None for an unweighted graph."""
         return self.adjacency.edge_weight
 
+    @property
+    def edge_attr(self) -> Tensor | None:
+        """``[E, D]`` features of the edges, or None."""
+        return self.adjacency.edge_attr
+
     def tensors(self) -> list[Tensor]:
         """Features, labels and, where it is there, ``edge_index``: most of what it takes.
 
@@ -154,11 +159,6 @@ class GraphData:
         vars(moved)["_saved_fingerprint"] = self.saved_fingerprint
         moved.adjacency.remember(moved.x)
         return moved
-
-    @property
-    def edge_attr(self) -> Tensor | None:
-        """``[E, D]`` features of the edges, or None."""
-        return self.adjacency.edge_attr
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of edges with what they carry, features, labels and splits.
@@ -283,9 +283,10 @@ class GraphData:
             return data
         if isinstance(data, Data):
             return cls.from_pyg(data)
-        if is_from(type(data), "dgl"):
+        kind: type = type(data)
+        if is_from(kind, "dgl"):
             return cls.from_dgl(data)
-        if is_from(type(data), "ogb"):
+        if is_from(kind, "ogb"):
             return cls.from_ogb(data)
         raise DataError(
             "this holds no graph with features, labels and splits",

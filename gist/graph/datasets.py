@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch_geometric.datasets import PPI, Flickr, Reddit, Yelp
+from torch_geometric.datasets import Flickr, Reddit, Yelp
 from torch_geometric.utils import to_undirected
 
 from gist.errors import ConfigError, DataError
@@ -248,7 +248,7 @@ _LOADERS: dict[str, Callable[..., GraphData]] = {
     "reddit": partial(read_single, Reddit),
     "flickr": partial(read_single, Flickr),
     "yelp": partial(read_single, Yelp),
-    "ppi": partial(read_ppi, PPI),
+    "ppi": read_ppi,
 }
 
 _READ_EACH_TIME = frozenset({"cora", "citeseer", "pubmed"})

@@ -55,6 +55,7 @@ def import_dgl() -> Any:
         ) from error
 
 
+@cache
 def is_from(kind: type, package: str) -> bool:
     """Whether a type is one of a package's, or derives from one."""
     return any(base.__module__.partition(".")[0] == package for base in kind.__mro__)

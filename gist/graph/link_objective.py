@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,8 @@ class LinkObjective(GraphObjective):
             training.
     """
 
+    scores_edges = True
+
     def __init__(
         self,
         data: LinkData,
@@ -89,6 +92,7 @@ class LinkObjective(GraphObjective):
                 remedy="give clusters, the number of parts, or no batches",
             )
         self.links = data.to(device)
+        self._links_of: WeakKeyDictionary[Adjacency, Tensor] = WeakKeyDictionary()
         super().__init__(_as_nodes(self.links.graph), device, batches, evaluation=evaluation)
         if isinstance(self.source, ClusterSource):
             smallest = int(self.source.parts.bincount().min())
@@ -103,11 +107,23 @@ class LinkObjective(GraphObjective):
         """The ``steps`` batches of one subnet in one round, with their pairs."""
         every = super().batches(seed=seed, round=round, subnet=subnet, steps=steps)
         for step, batch in enumerate(every):
-            yield _with_pairs(batch, seed, round, subnet, step)
+            yield self._with_pairs(batch, seed, round, subnet, step)
 
     def largest_batch(self) -> GraphBatch:
         """See :meth:`GraphObjective.largest_batch`."""
-        return _with_pairs(super().largest_batch(), 0)
+        return self._with_pairs(super().largest_batch(), 0)
+
+    def _with_pairs(self, batch: GraphBatch, *key: int) -> LinkBatch:
+        """The same batch with its links, and as many pairs without one, drawn under the key."""
+        graph = batch.graph
+        assert isinstance(graph, Adjacency)
+        links = self._links_of.get(graph)
+        if links is None:  # of the whole graph, and of clusters that are kept, once for a run
+            links = self._links_of[graph] = links_of(graph.edge_index, graph.num_nodes)
+        count = max(links.size(1), 1)  # a mean over no pair at all is undefined
+        others = pairs_without_link(links, graph.num_nodes, count, "pairs", *key)
+        y = torch.cat([batch.x.new_ones(links.size(1)), batch.x.new_zeros(others.size(1))])
+        return LinkBatch(x=batch.x, graph=graph, y=y, targets=torch.cat([links, others], dim=1))
 
     def measure(self, scores: Tensor) -> dict[str, float]:
         """Metric on the links held out, and the validation loss, of embeddings ``[N, C]``.
@@ -127,17 +143,6 @@ class LinkObjective(GraphObjective):
         """Any width will do, and is from now on that of ``data``."""
         self.data = _as_nodes(self.links.graph, out.shape[-1:].numel())
         super()._check_width(model, out)
-
-
-def _with_pairs(batch: GraphBatch, *key: int) -> LinkBatch:
-    """The same batch with its links, and as many pairs without one, drawn under the key."""
-    graph = batch.graph
-    assert isinstance(graph, Adjacency)
-    links = links_of(graph.edge_index, graph.num_nodes)
-    count = max(links.size(1), 1)  # a mean over no pair at all is undefined
-    others = pairs_without_link(links, graph.num_nodes, count, "pairs", *key)
-    y = torch.cat([batch.x.new_ones(links.size(1)), batch.x.new_zeros(others.size(1))])
-    return LinkBatch(x=batch.x, graph=graph, y=y, targets=torch.cat([links, others], dim=1))
 
 
 def _as_nodes(graph: GraphData, width: int = 1) -> GraphData:

@@ -58,6 +58,8 @@ class GraphObjective:
 
     evaluation = "auto"
     inference: Inference | None = None
+    scores_edges = False
+    """Whether the loss is taken over edges, of which there may be more than nodes."""
 
     def __init__(
         self,
@@ -259,9 +261,7 @@ class GraphObjective:
             isolated = graph.rows.counts() == 0
         else:
             what, expected = "nodes that a batch may leave without an edge", "a self loop at each"
-            source, target = graph.edge_index
-            isolated = torch.ones(graph.num_nodes, dtype=torch.bool, device=graph.device)
-            isolated[source[source == target]] = False
+            isolated = ~graph.self_looped()
         if not (isinstance(batches, FullGraphSource | ClusterSource) or bool(isolated.any())):
             seen = batches.largest_batch().graph  # a loader may leave out self loops
             if isinstance(seen, Adjacency):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch_geometric.data import Batch, Data, InMemoryDataset
+from torch_geometric.datasets import PPI
 from torch_geometric.io import read_planetoid_data
 from torch_geometric.transforms import NormalizeFeatures
 
@@ -63,18 +64,17 @@ def read_single(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphD
     return GraphData.from_pyg(data, name=card.name)
 
 
-def read_ppi(kind: type[InMemoryDataset], folder: Path, card: Card) -> GraphData:
+def read_ppi(folder: Path, card: Card) -> GraphData:
     """PPI: the graphs for training, validation and testing side by side, as one graph.
 
     Args:
-        kind: PyG's class of the dataset.
         folder: The dataset's folder.
         card: Its card.
 
     Raises:
         DataError: the raw files are damaged.
     """
-    splits = _parsed(kind, folder)
+    splits = _parsed(PPI, folder)
     union = Batch.from_data_list([data for split in splits for data in split])
     counts = [sum(data.num_nodes for data in split) for split in splits]
     part = torch.arange(3).repeat_interleave(torch.tensor(counts))
