@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import typer.main
 from typer.testing import CliRunner
@@ -64,6 +65,7 @@ def test_the_code_on_the_page_runs(page, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)  # pages write runs
     with matplotlib.rc_context({"backend": "agg"}):
         run_page(page)
+    plt.close("all")  # figures of pyplot outlive their page
 
 
 def test_errors_in_code_point_to_the_page(tmp_path):

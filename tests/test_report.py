@@ -254,7 +254,7 @@ def test_many_subnets_have_a_colour_bar(run):
 
 
 def test_figures_leave_no_global_state(run, table):
-    before = dict(matplotlib.rcParams)
+    before = dict(matplotlib.rcParams), list(matplotlib._pylab_helpers.Gcf.figs)
     labelled = [("a", read_run(run).result), ("_b $x", read_run(run).result)]
     for figure in (
         curves(labelled, metric="accuracy"),
@@ -262,8 +262,7 @@ def test_figures_leave_no_global_state(run, table):
         comparison(read_comparison(table)),
     ):
         assert png(figure).startswith(b"\x89PNG")
-    assert dict(matplotlib.rcParams) == before
-    assert not matplotlib._pylab_helpers.Gcf.figs
+    assert (dict(matplotlib.rcParams), list(matplotlib._pylab_helpers.Gcf.figs)) == before
 
 
 def test_runs_with_the_same_label_share_a_colour(run):
