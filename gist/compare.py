@@ -16,7 +16,7 @@ from rich.table import Table
 from gist.checkpoint import write_atomically
 from gist.config import SubnetSchedule
 from gist.experiment import BASELINES, Experiment
-from gist.graph.metrics import one_of
+from gist.metrics import one_of
 from gist.plan import plan_rounds
 
 _SHORT_NAME = 6

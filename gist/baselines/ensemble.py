@@ -20,9 +20,9 @@ from gist.execution.executor import Executor
 from gist.execution.members import MemberStates, MemberStore
 from gist.graph.data import GraphData
 from gist.graph.links import LinkData
-from gist.graph.metrics import mean_prediction
 from gist.graph.objective import GraphObjective
 from gist.history import TrainResult
+from gist.metrics import mean_prediction
 from gist.partition.samplers import Fixed
 from gist.partition.subnet import build_subnet
 from gist.partition.transfer import held_entries

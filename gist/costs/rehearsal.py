@@ -23,8 +23,8 @@ from gist.execution.program import Program
 from gist.execution.rounds import RoundExecutor
 from gist.execution.serial import SerialExecutor
 from gist.execution.stacked import StackedExecutor
-from gist.graph.metrics import loss
 from gist.graph.outline import OutlineObjective
+from gist.metrics import loss
 from gist.modes import keeps_modes
 from gist.partition.rules.registry import without_caches
 from gist.partition.spec import PartitionSpec, model_tensors

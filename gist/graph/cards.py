@@ -17,7 +17,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from gist.errors import ConfigError, DataError
-from gist.graph.metrics import METRICS, Metric, Task
+from gist.metrics import METRICS, Metric, Task
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PLACES = (_PACKAGE / "_cards", _PACKAGE.parent / "datasets")  # a wheel, a source tree

@@ -19,7 +19,7 @@ from torch_geometric.utils import coalesce, from_scipy_sparse_matrix, scatter
 
 from gist.errors import ConfigError, DataError
 from gist.graph.dgl_graph import import_dgl
-from gist.graph.metrics import METRICS, Task, one_of
+from gist.metrics import METRICS, Task, one_of
 
 SPLITS = ("train", "val", "test")
 

@@ -25,7 +25,7 @@ from gist.graph.adjacency import Adjacency
 from gist.graph.convert import SPLITS
 from gist.graph.csv_files import csv_inputs
 from gist.graph.dgl_graph import is_from
-from gist.graph.metrics import METRICS, Metric, Task, is_defined, one_of
+from gist.metrics import METRICS, Metric, Task, is_defined, one_of
 
 _SETTINGS = ("task", "metric", "num_classes", "directed", "name")
 _KNOWN = ("is_symmetric", "has_symmetric_pattern", "has_self_loops")

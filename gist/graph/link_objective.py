@@ -22,8 +22,8 @@ from gist.graph.data import GraphData
 from gist.graph.link_metrics import link_loss, link_metric, link_scores
 from gist.graph.link_sampling import links_of, pairs_without_link
 from gist.graph.links import HELD_OUT, LinkData
-from gist.graph.metrics import refuse_diverged
 from gist.graph.objective import GraphObjective
+from gist.metrics import refuse_diverged
 
 
 class LinkBatch(GraphBatch):

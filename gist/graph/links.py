@@ -21,7 +21,7 @@ from gist.graph.data import GraphData
 from gist.graph.dgl_graph import is_from_dgl
 from gist.graph.link_metrics import hits_of, link_metric, rank_scores
 from gist.graph.link_sampling import hold_out, links_of, negatives_for
-from gist.graph.metrics import one_of
+from gist.metrics import one_of
 
 HELD_OUT = ("val", "test")
 """Splits whose links are no edges that messages pass along."""

@@ -25,7 +25,7 @@ from gist.graph.dgl_graph import needs_incoming_edges, takes_dgl_graph
 from gist.graph.edges import needs_edge_attr, uses_edge_attr, uses_edge_weight
 from gist.graph.inference import Inference, choose_inference, infer_on_clusters, model_inputs
 from gist.graph.layerwise import require_layerwise
-from gist.graph.metrics import compute_metric, is_defined, loss, mean_loss
+from gist.metrics import compute_metric, is_defined, loss, mean_loss
 from gist.modes import keeps_modes
 from gist.partition.rules.registry import without_caches
 

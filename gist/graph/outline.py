@@ -22,9 +22,9 @@ from gist.graph.batch import GraphBatch
 from gist.graph.data import GraphData
 from gist.graph.datasets import find_card, is_kept, load_dataset
 from gist.graph.generate import csbm
-from gist.graph.metrics import METRICS, Metric, Task
 from gist.graph.objective import GraphObjective
 from gist.graph.sparse import SparseMatrix
+from gist.metrics import METRICS, Metric, Task
 
 _KEPT_BYTES = 2**30
 """What single clusters that are built once and kept may take, with their products."""

@@ -8,7 +8,7 @@ from gist.baselines import EnsembleTrainer, full_model_settings
 from gist.errors import CheckpointError, ConfigError
 from gist.execution.comm import Comm
 from gist.execution.members import MemberStore
-from gist.graph.metrics import mean_prediction
+from gist.metrics import mean_prediction
 from gist.nn import GAT, GCN
 from gist.partition.spec import model_tensors
 from gist.partition.streams import seeded

@@ -25,8 +25,8 @@ from gist.graph.inference import (
     infer_on_clusters,
 )
 from gist.graph.live_bytes import LiveBytes
-from gist.graph.metrics import compute_metric, loss, mean_loss
 from gist.graph.objective import GraphObjective
+from gist.metrics import compute_metric, loss, mean_loss
 from gist.nn import GAT, GCN, GraphSAGE
 
 CPU = torch.device("cpu")

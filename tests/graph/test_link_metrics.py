@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gist.errors import ConfigError, DataError
 from gist.graph import link_metrics
 from gist.graph.link_metrics import link_loss, link_metric, link_scores, rank_scores
-from gist.graph.metrics import loss
+from gist.metrics import loss
 
 
 def scores(seed: int, *shape: int, ties: bool) -> torch.Tensor:

@@ -19,8 +19,8 @@ from gist import GraphData, load_dataset
 from gist.errors import ConfigError, DataError, MissingDependencyError
 from gist.graph import cards
 from gist.graph.cards import load_card
-from gist.graph.metrics import compute_metric
 from gist.graph.ogb_files import official_score
+from gist.metrics import compute_metric
 from tests.ogb_layout import SPLITS, write_cards, write_ogb_layout
 
 NAMES = ("ogbn-arxiv", "ogbn-products", "ogbn-proteins")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from gist.errors import ConfigError, DataError
-from gist.graph.metrics import METRICS, compute_metric, loss
+from gist.metrics import METRICS, compute_metric, loss
 
 shapes = given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 10**6))
 

@@ -1,4 +1,4 @@
-"""Losses and scores of node classification, one per task.
+"""Losses and scores of predictions, one per task.
 
 Shape legend: ``N`` nodes, ``C`` output columns (classes; labels of a multilabel task; binary: 1).
 """
