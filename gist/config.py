@@ -324,6 +324,47 @@ class GraphConfig:
         return {**vars(self), "batches": recipe}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Settings of the data side of a run on independent samples: images, feature vectors, bags.
+
+    Attributes:
+        batch_size: Samples of a step.
+        eval_batch_size: Samples that are scored at a time.
+        shards: Deal the training samples to the subnets, so that each sees its own alone; False
+            lets every subnet see all of them (the IST paper has both).
+        steps_per_epoch: Batches that make one pass over the data, for a loader that cannot tell.
+        sampled_outputs: Outputs drawn in each step, besides those of the batch's labels, that the
+            loss is taken over; None takes all of them.
+        train_eval_samples: Training samples that the training metric is taken over, at most.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+
+    batch_size: int = 128
+    eval_batch_size: int = 1000
+    shards: bool = False
+    steps_per_epoch: int | None = None
+    sampled_outputs: int | None = None
+    train_eval_samples: int = 10_000
+
+    def __post_init__(self) -> None:
+        optional = ("steps_per_epoch", "sampled_outputs")
+        for name in ("batch_size", "eval_batch_size", "train_eval_samples", *optional):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool) and hasattr(value, "__index__"):
+                object.__setattr__(self, name, operator.index(value))
+            if value is not None or name not in optional:
+                _require_count(name, getattr(self, name))
+        if not isinstance(self.shards, bool):
+            raise ConfigError("shards must be True or False", got=repr(self.shards))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return dict(vars(self))
+
+
 def split_settings(settings: dict[str, Any], *kinds: Any) -> list[dict[str, Any]]:
     """Keyword arguments, dealt to the config classes that know them.
 
