@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gist.execution.shards import piece
 from gist.partition.assignment import Assignment
 from gist.partition.spec import ParamLayout, PartitionSpec
 from gist.partition.transfer import Selection, is_exclusive
@@ -43,7 +44,7 @@ class Traffic:
     """Bytes that each worker sends and receives in a round of GIST, round by round.
 
     Subnet ``i`` is trained by worker ``i mod W``. Let ``h_i(w)`` be the bytes that subnet ``i``
-    holds of rows that worker ``w`` has, and ``f_i`` those of an entry that every subnet holds:
+    holds of rows that worker ``w`` has:
 
     - of a tensor that units index along two dims or more (hidden to hidden), worker ``w`` has
       every ``W``-th part of the rows, in order. ``h_i(w)`` travels from ``w`` to the worker of
@@ -51,8 +52,10 @@ class Traffic:
     - of a tensor that units index along one dim (first layer, last layer, biases), or that belongs
       to one unit, a worker has what it trained last (before the first round: as above). ``h_i(w)``
       travels once. Where a round's subnets overlap in it, it travels as above;
-    - what all subnets hold (the output bias) goes from the worker of ``i`` to all others, to be
-      averaged: ``(W - 1) f_i``, and the loss of ``i`` with it.
+    - what all subnets hold (the output bias; what of a ResNet is not partitioned) is averaged piece
+      by piece, a ``W``-th of each tensor by every worker: it goes from the worker of ``i`` to all
+      others, and the mean from these to all. Of ``f`` bytes ``(m / W + 1) (W - 1) f`` are sent, for
+      ``m = W`` as many as by a ring. The loss of ``i`` is told to all.
 
     What stays with a worker is not sent, and not counted. Optimiser state that is carried travels
     as its parameter does, from the second round on, and back from the first.
@@ -92,22 +95,22 @@ class Traffic:
             there, back = each + (state if self._rounds else 0), each + state
             exclusive = is_exclusive(layout, self.spec, assignment)
             owner = self._owner(layout)
+            if steps and layout.owner is None:
+                self._average(moved, m, 1, steps)
+            if owner is None:
+                self._average(moved, m, math.prod(layout.shape), back)
+                continue
             for i, selection in enumerate(selections):
                 if not selection.holds(layout):
                     continue
                 worker = i % size
-                if owner is None:
-                    moved[worker] += selection.numel(layout) * back + steps
-                    continue
                 rows = _rows(layout, selection)
                 entries = selection.numel(layout) // max(rows.numel(), 1)
                 held = torch.bincount(owner[rows], minlength=size) * entries
                 moved[:, worker] += held * there
                 if not (exclusive and _moves(layout)):
                     moved[worker] += held * back
-                if steps and not layout.owner:
-                    moved[worker] += steps
-            if owner is not None and exclusive and _moves(layout):
+            if exclusive and _moves(layout):
                 for i, selection in enumerate(selections):
                     if selection.holds(layout):
                         owner[_rows(layout, selection)] = i % size
@@ -116,6 +119,15 @@ class Traffic:
         moved.fill_diagonal_(0)
         self._rounds += 1
         return list(zip(moved.sum(dim=1).tolist(), moved.sum(dim=0).tolist(), strict=True))
+
+    def _average(self, moved: Tensor, m: int, entries: int, item_bytes: int) -> None:
+        """Adds what averaging ``m`` copies of so many entries moves between workers."""
+        size = self.workers
+        ends = [piece(entries, worker, size) for worker in range(size)]
+        pieces = torch.tensor([(stop - start) * item_bytes for start, stop in ends])
+        for i in range(m):
+            moved[i % size] += pieces
+        moved += pieces[:, None]
 
     def _owner(self, layout: ParamLayout) -> Tensor | None:
         """Which worker has each row; None for what every worker has."""

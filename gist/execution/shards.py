@@ -18,7 +18,14 @@ from torch import Tensor
 from gist.execution.comm import Comm, Pending
 from gist.partition.assignment import Assignment
 from gist.partition.spec import ParamLayout, PartitionSpec
-from gist.partition.transfer import Index, Merge, Selection, gather, is_exclusive
+from gist.partition.transfer import (
+    Index,
+    Merge,
+    RunningMean,
+    Selection,
+    gather,
+    is_exclusive,
+)
 
 Part = dict[str, Tensor]
 """What one subnet holds, by name."""
@@ -200,12 +207,15 @@ class Shards:
             name: is_exclusive(self.spec.layouts[name], self.spec, assignment)
             for name in self.tensors
         }
+        shared: list[str] = []
         staying: list[str] = []
         moving: list[str] = []
         for name, home in self.homes.items():
-            (moving if home is not None and home.moves and exclusive[name] else staying).append(
-                name
-            )
+            if home is None:
+                shared.append(name)
+            else:
+                (moving if home.moves and exclusive[name] else staying).append(name)
+        _Average(self, selections, parts).run_groups(shared)
         _Collect(self, selections, assignment, parts).run_groups(staying)
         self._move(moving, selections, parts)
 
@@ -363,9 +373,8 @@ class _Exchange(ABC):
     def shape(self, name: str, subnet: int, rank: int) -> tuple[int, ...]:
         """Shape of what a subnet holds of the rows that a rank has."""
         home, layout = self.shards.homes[name], self.shards.spec.layouts[name]
+        assert home is not None
         shape = self.selections[subnet].shape(layout)
-        if home is None:
-            return shape
         rows = self.split(name, subnet)[2][rank]
         if home.of_unit:
             return rows, *shape
@@ -378,8 +387,7 @@ class _Exchange(ABC):
     def local_index(self, name: str, subnet: int) -> Index:
         """Where this rank has what a subnet holds of a tensor."""
         home, layout = self.shards.homes[name], self.shards.spec.layouts[name]
-        if home is None:
-            return self.selections[subnet].index(layout)
+        assert home is not None
         placement = self.shards._placements[home]
         rows, owners, counts = self.split(name, subnet)
         mine: Tensor | None = None
@@ -508,10 +516,9 @@ class _Collect(_Exchange):
 
     def _cut(self, name: str, subnet: int, rank: int, out: Tensor | None = None) -> Tensor:
         """What of a part belongs to the rows that a rank has."""
-        home, part = self.shards.homes[name], self.parts[subnet][name]
-        if home is None:
-            return part if out is None else out.copy_(part)
-        part = _as_rows(home, part)
+        home = self.shards.homes[name]
+        assert home is not None
+        part = _as_rows(home, self.parts[subnet][name])
         if self.split(name, subnet)[2][rank] == part.size(home.dim):
             return part if out is None else out.copy_(part)
         rows = self.within(name, subnet, rank)
@@ -537,6 +544,60 @@ class _Collect(_Exchange):
         merging.finish()
 
 
+class _Average(_Exchange):
+    """Means of what all subnets hold: each rank takes those of a piece of every tensor.
+
+    The pieces then go to all ranks: 2 (W - 1) / W of a tensor's bytes are sent by each rank that
+    trains one subnet, as in a ring, and the order in which copies are added is that of the subnets.
+    """
+
+    def __init__(
+        self, shards: Shards, selections: Sequence[Selection], parts: Sequence[Part]
+    ) -> None:
+        super().__init__(shards, selections)
+        self.parts = dict(zip(self.comm.subnets(len(selections)), parts, strict=True))
+
+    def travelling(self, sender: int, receiver: int) -> tuple[range, int]:
+        return self.comm.subnets(len(self.selections), sender), receiver
+
+    def shape(self, name: str, subnet: int, rank: int) -> tuple[int, ...]:
+        start, stop = piece(self.shards.tensors[name].numel(), rank, self.comm.size)
+        return (stop - start,)
+
+    def write(self, name: str, subnet: int, rows_of: int, out: Tensor) -> None:
+        out.copy_(self._piece(self.parts[subnet][name], rows_of))
+
+    def unpack(self, group: list[str], blocks: Mapping[tuple[str, int, int], Tensor]) -> None:
+        me, size = self.comm.rank, self.comm.size
+        tensors = [self.shards.tensors[name] for name in group]
+        means = []
+        for name, tensor in zip(group, tensors, strict=True):
+            mean = RunningMean(self._piece(tensor, me))
+            for subnet in range(len(self.selections)):
+                rank = subnet % size
+                own = self._piece(self.parts[subnet][name], me) if rank == me else None
+                mean.add((None,), blocks[name, subnet, rank] if own is None else own)
+            means.append(mean.value.to(tensor.dtype))
+        counts = [sum(self.shape(name, 0, rank)[0] for name in group) for rank in range(size)]
+        for rank, pieces in enumerate(
+            self.comm.gather(torch.cat(means).to(self.comm.device), counts)
+        ):
+            sizes = [self.shape(name, 0, rank)[0] for name in group]
+            for tensor, values in zip(tensors, torch.split(pieces, sizes), strict=True):
+                self._piece(tensor, rank).copy_(values)
+
+    def _piece(self, tensor: Tensor, rank: int) -> Tensor:
+        start, stop = piece(tensor.numel(), rank, self.comm.size)
+        return tensor.view(-1)[start:stop]
+
+
+def piece(count: int, rank: int, size: int) -> tuple[int, int]:
+    """Where the part of ``count`` entries begins and ends that one of ``size`` ranks averages."""
+    each, more = divmod(count, size)
+    start = rank * each + min(rank, more)
+    return start, start + each + (rank < more)
+
+
 class _Local:
     """A subnet's selection of the rows that this rank has."""
 
@@ -548,8 +609,6 @@ class _Local:
         exchange = self._exchange
         if not exchange.holds(layout.name, self._subnet):
             return False
-        if exchange.shards.homes[layout.name] is None:
-            return True
         return exchange.split(layout.name, self._subnet)[2][exchange.comm.rank] > 0
 
     def index(self, layout: ParamLayout) -> Index:

@@ -188,7 +188,7 @@ class Merge:
         self._exclusive = {
             name: is_exclusive(spec.layouts[name], spec, assignment) for name in tensors
         }
-        self._means: dict[str, _Mean] = {}
+        self._means: dict[str, RunningMean] = {}
         self._added = 0
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class Merge:
                 self.write(name, selection.index(layout), part[name])
             else:
                 if name not in self._means:
-                    self._means[name] = _Mean(tensor)
+                    self._means[name] = RunningMean(tensor)
                 self._means[name].add(selection.index(layout), part[name])
 
     @torch.no_grad()
@@ -278,8 +278,17 @@ def is_exclusive(layout: ParamLayout, spec: PartitionSpec, assignment: Assignmen
     return False
 
 
-class _Mean:
-    """A running mean of what subnets hold; whole numbers are rounded, equal copies stay."""
+class RunningMean:
+    """A running mean of what subnets hold; whole numbers are rounded, equal copies stay.
+
+    Every entry is a mean of its own, so a tensor may be averaged piece by piece.
+
+    Args:
+        tensor: The entries before; those that nobody holds stay as they are.
+
+    Attributes:
+        value: The means so far, in a kind of number that means are taken in.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         kind = _MEAN_IN.get(tensor.dtype, tensor.dtype)

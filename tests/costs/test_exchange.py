@@ -61,6 +61,10 @@ def test_gist_moves_what_changes_hands(num_subnets, workers, width):
     spec = partition_spec(model)
     before, now = (DisjointUniform()(spec.sizes, m, seed=0, round=r) for r in (1, 0))
     moved = torch.zeros(workers, workers, dtype=torch.long)
+    averages = {
+        n: [w for w, part in enumerate(torch.arange(n).tensor_split(workers)) for _ in part]
+        for n in (1, 2)
+    }
     for name, tensor in model_tensors(model).items():
         layout = spec.layouts[name]
         dims = sorted({slot.dim for slot in layout.slots})
@@ -77,7 +81,10 @@ def test_gist_moves_what_changes_hands(num_subnets, workers, width):
             for owner in owners if dims else ():
                 moved[owner, i % workers] += 4
                 moved[i % workers, owner] += 4 * (len(dims) == 2)
-            moved[i % workers] += 4 * len(owners) * (not dims)
+            for entry in range(0 if dims else len(owners)):
+                moved[i % workers, averages[len(owners)][entry]] += 4
+        for entry in range(0 if dims else tensor.numel()):
+            moved[averages[tensor.numel()][entry]] += 4
     for i in range(m):
         moved[i % workers] += 8  # its loss
     moved.fill_diagonal_(0)
