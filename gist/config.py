@@ -56,6 +56,8 @@ class TrainConfig:
         sampler: How units are dealt.
         width_correction: Scale sums over narrowed inputs up to the whole width; None does so where
             no normalisation takes care of it (:func:`~gist.partition.subnet.corrected_paths`).
+        depth_correction: Where units are residual blocks, scale the output of each, whenever the
+            whole model is evaluated, by the share of the subnets that held it (ResIST).
         executor: Where subnets run: ``"serial"`` one after the other, ``"stacked"`` as one grouped
             model, ``"auto"`` whichever measures faster here (by rule where ``deterministic``).
             Under torchrun each says so of the subnets of one worker; ``"distributed"`` is as
@@ -103,6 +105,7 @@ class TrainConfig:
     optimizer_state: Literal["reset", "carry"] = "reset"
     sampler: Sampler = field(default_factory=DisjointUniform)
     width_correction: bool | None = None
+    depth_correction: bool = True
     executor: str = "auto"
     shared_batches: bool | None = None
     capacities: str | Sequence[float] | None = None
@@ -172,7 +175,7 @@ class TrainConfig:
                 remedy="put @dataclass(frozen=True) on a sampler of your own",
             )
         optional_switches = ("width_correction", "recalibrate_bn", "progress", "shared_batches")
-        switches = ("deterministic", "fast_dev_run", "keep_best", "compile")
+        switches = ("depth_correction", "deterministic", "fast_dev_run", "keep_best", "compile")
         for name in (*switches, *optional_switches):
             value, optional = getattr(self, name), name in optional_switches
             if not isinstance(value, bool) and not (optional and value is None):

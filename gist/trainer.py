@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from gist.graph.objective import GraphObjective
 from gist.history import RoundRecord, TrainResult, write_history
 from gist.modes import keeps_modes
 from gist.partition.assignment import Assignment
+from gist.partition.depth import block_shares, scaled_blocks
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import held_entries
 from gist.partition.wiring import Wiring, partition_spec
@@ -121,7 +122,7 @@ class SubnetTrainer:
         if config is not None and settings:
             raise ConfigError("give either config or settings", got=sorted(settings))
         self.config = config or TrainConfig.from_settings(settings)
-        self.device = _device_of(model, self.config)
+        self.device = device_of(model, self.config)
         self.comm = join(
             self.device, backend=self.config.backend, timeout=self.config.worker_timeout
         )
@@ -307,16 +308,17 @@ class SubnetTrainer:
         """Metrics of the model as it is now, its BatchNorm re-estimated first where asked for."""
 
         def measure(model: nn.Module) -> dict[str, float]:
-            if recalibrate is not None:
-                batches = self.objective.batches(
-                    seed=self.config.seed,
-                    round=recalibrate.index,
-                    subnet=0,
-                    steps=self.objective.steps_per_epoch,
-                )
-                recalibrate_batchnorm(model, self.objective, batches)
-            self._choose_inference(model.eval())
-            return self.objective.evaluate(model)
+            with self.depth_corrected(model):
+                if recalibrate is not None:
+                    batches = self.objective.batches(
+                        seed=self.config.seed,
+                        round=recalibrate.index,
+                        subnet=0,
+                        steps=self._recalibration_steps,
+                    )
+                    recalibrate_batchnorm(model, self.objective, batches)
+                self._choose_inference(model.eval())
+                return self.objective.evaluate(model)
 
         if not isinstance(self.store, ShardedStore):
             return measure(self.model)
@@ -325,6 +327,29 @@ class SubnetTrainer:
         if recalibrate is not None and tracks_statistics(self.model):
             self.store.take(model, [name for name, _ in self.model.named_buffers()])
         return metrics
+
+    @property
+    def _recalibration_steps(self) -> int:
+        """Batches that BatchNorm statistics are re-estimated on."""
+        return self.objective.steps_per_epoch
+
+    def block_shares(self) -> dict[str, float]:
+        """For each group of residual blocks, the share of subnets that hold one.
+
+        That of the round the model is from; of the last one planned where it has not trained here.
+        """
+        if not self.config.depth_correction or not self.spec.blocks:
+            return {}
+        at = self.rounds[-1].index
+        if self.result is not None and self.config.keep_best and self.best is not None:
+            at = self.best.round
+        elif self.history:
+            at = self.history[-1].round
+        return block_shares(self.spec, self.assign(self.rounds[at]))
+
+    def depth_corrected(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While open, the whole model is as it is evaluated; see ``depth_correction``."""
+        return scaled_blocks(model, self.spec, self.block_shares())
 
     def _choose_inference(self, model: nn.Module) -> None:
         """Decides how the whole model is evaluated, if that is still open."""
@@ -672,7 +697,7 @@ class GISTTrainer(SubnetTrainer):
         self.graph_config = GraphConfig(**graph)
         if config is None:  # checked before a graph is cut
             config, training = TrainConfig.from_settings(training), {}
-        device = _device_of(model, config)
+        device = device_of(model, config)
         _check_kernels(model, config)
         kind: Any = LinkObjective if isinstance(data, LinkData) else GraphObjective
         objective: GraphObjective = kind(
@@ -827,7 +852,7 @@ def _evaluation(config: GraphConfig, training: TrainConfig, model: nn.Module) ->
     return "layerwise" if config.evaluation == "auto" and on_disk else config.evaluation
 
 
-def _device_of(model: nn.Module, config: TrainConfig) -> torch.device:
+def device_of(model: nn.Module, config: TrainConfig) -> torch.device:
     """Where a model is to be trained: where it is; without values, on the GPU for NCCL."""
     if not isinstance(model, nn.Module):
         raise ConfigError(

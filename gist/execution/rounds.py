@@ -33,7 +33,8 @@ from gist.partition.streams import seeded, seeded_each
 from gist.plan import RoundPlan
 
 _KEPT_PROGRAMS = 16
-"""Programs that are kept for reuse; samplers with random sizes give ever new shapes."""
+"""Programs that are kept for reuse; samplers with random sizes give ever new shapes. Which blocks
+are absent is another shape nearly every time: then the last one is kept alone."""
 
 
 class RoundExecutor(ABC):
@@ -231,7 +232,7 @@ class RoundExecutor(ABC):
     def _program(self, assignment: Assignment, subnets: range) -> Program:
         shape = (len(subnets), shape_of(self.spec, assignment, subnets[0]))
         if shape not in self._programs:
-            if len(self._programs) >= _KEPT_PROGRAMS:
+            if len(self._programs) >= (1 if self.spec.blocks else _KEPT_PROGRAMS):
                 self._programs.pop(next(iter(self._programs)))
             self._programs[shape] = self.build(assignment, subnets)
         return self._programs[shape]

@@ -142,15 +142,32 @@ class Overlapping(Sampler):
     """A uniform partition in which every subnet is topped up to ``min_units`` units per group.
 
     The extra units are drawn uniformly from those the subnet does not hold, as the minimum depth
-    of ResIST does with residual blocks; copies are averaged on merging.
+    of ResIST does with residual blocks; copies are averaged on merging. There may be more subnets
+    than units.
+
+    Attributes:
+        min_units: Units of every group that a subnet holds at least; all of a smaller group.
+        warmup_rounds: In so many rounds at the start every subnet holds all units: local SGD, with
+            which ResIST warms up.
     """
 
-    min_units: int
+    min_units: int = 1
+    warmup_rounds: int = 0
     may_share: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.min_units < 1:
-            raise ConfigError("min_units must be at least 1", got=self.min_units)
+        for name, least in (("min_units", 1), ("warmup_rounds", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} must be a whole number from {least} on", got=repr(value))
+
+    def __call__(
+        self, sizes: Mapping[str, int], num_subnets: int, *, seed: int, round: int
+    ) -> Assignment:
+        """See :meth:`Sampler.__call__`."""
+        if round < self.warmup_rounds:
+            return Whole()(sizes, num_subnets, seed=seed, round=round)
+        return super().__call__(sizes, num_subnets, seed=seed, round=round)
 
     def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
         """See :meth:`Sampler.deal`."""

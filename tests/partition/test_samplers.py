@@ -201,6 +201,7 @@ def test_at_least_one_subnet(sampler, m):
     "build",
     [
         lambda: Overlapping(min_units=0),
+        lambda: Overlapping(warmup_rounds=-1),
         lambda: Bernoulli(keep=0.0),
         lambda: Bernoulli(keep=1.5),
         lambda: Bernoulli(keep=float("nan")),
@@ -304,3 +305,18 @@ def test_four_times_the_speed_is_twice_the_width():
 def test_weights_must_be_positive_numbers(weights):
     with pytest.raises(ConfigError, match="weights must be positive"):
         Proportional(weights)
+
+
+def test_resist_warms_up_with_whole_models():
+    sampler = Overlapping(min_units=2, warmup_rounds=3)
+    for round in range(5):
+        dealt = sampler({"blocks": 9}, 4, seed=0, round=round)
+        widths = [dealt.widths(i)["blocks"] for i in range(4)]
+        assert widths == ([9, 9, 9, 9] if round < 3 else [3, 2, 2, 2])
+
+
+@given(size=st.integers(1, 4), m=st.integers(5, 9), least=st.integers(1, 6))
+def test_there_may_be_fewer_blocks_than_subnets(size, m, least):
+    dealt = Overlapping(min_units=least)({"blocks": size}, m, seed=0, round=1)
+    assert {dealt.widths(i)["blocks"] for i in range(m)} == {min(least, size)}
+    assert int(dealt.coverage("blocks").min()) >= 1
