@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gist.errors import PartitionError
 from gist.partition.index_map import ONE_POSITION
@@ -67,11 +68,8 @@ class SpecBuilder:
         Returns:
             The axis of its output features, None where these are whole.
         """
-        try:
-            module = self.model.get_submodule(path)
-        except AttributeError:
-            children = [name for name, _ in self.model.named_children()]
-            self._findings.append(f"{path}: no such module; the model has {', '.join(children)}")
+        module = self._module(path)
+        if module is None:
             return None
         if not has_rule(module):
             self._refused.append(path)
@@ -110,12 +108,33 @@ class SpecBuilder:
             unit: The unit, in ``[0, size)``.
             size: Number of units of the group.
         """
+        module = self._module(path)
+        if module is None:
+            return
         self.group(group, size)
         self._blocks[path] = (group, unit)
-        for name, tensor in model_tensors(self.model.get_submodule(path)).items():
-            full = f"{path}.{name}"
-            layout = ParamLayout(name=full, shape=tuple(tensor.shape), owner=(group, unit))
-            self._layouts[full] = layout
+        inside = {id(tensor) for tensor in model_tensors(module).values()}
+        for outside, tensor in _tensors_by_every_name(self.model):
+            if id(tensor) in inside and not outside.startswith(f"{path}."):
+                self._findings.append(
+                    f"{path}: belongs to one unit as a whole, but is tied to {outside}"
+                )
+        for tensor in model_tensors(module).values():
+            self._declare(tensor, owner=(group, unit))
+
+    def whole(self, path: str = "") -> None:
+        """Declares that every subnet holds a module whole: all its tensors not yet declared.
+
+        The module needs no rule. Call it last, after what lies within is wired.
+
+        Args:
+            path: Full module name; by default the model itself.
+        """
+        module = self._module(path)
+        if module is not None:
+            for tensor in model_tensors(module).values():
+                if self._names[id(tensor)] not in self._layouts:
+                    self._declare(tensor)
 
     def group(self, name: str, size: int) -> Axis:
         """Creates a unit group, or joins it where it exists; returns its plain axis."""
@@ -141,8 +160,7 @@ class SpecBuilder:
                 remedy="remove parametrisations such as spectral_norm before training",
             )
         full = self._names[id(tensor)]
-        # A lazy tensor has no shape yet; the spec's check names it.
-        shape = () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+        shape = _shape(tensor)
         layout = ParamLayout(name=full, shape=shape, slots=slots if shape else ())
         known = self._layouts.setdefault(full, layout)
         if known != layout and full == f"{path}.{name}":
@@ -185,6 +203,18 @@ class SpecBuilder:
         spec.check(self.model)
         return spec
 
+    def _module(self, path: str) -> nn.Module | None:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            children = [name for name, _ in self.model.named_children()]
+            self._findings.append(f"{path}: no such module; the model has {', '.join(children)}")
+            return None
+
+    def _declare(self, tensor: Tensor, owner: tuple[str, int] | None = None) -> None:
+        name = self._names[id(tensor)]
+        self._layouts[name] = ParamLayout(name=name, shape=_shape(tensor), owner=owner)
+
     def _is_refused(self, name: str) -> bool:
         return any(name.startswith(f"{path}.") for path in self._refused)
 
@@ -194,6 +224,16 @@ class SpecBuilder:
         paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
         ruled = (path for path in paths if has_rule(self.model.get_submodule(path)))
         return next(ruled, ".".join(parts))
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    # A lazy tensor has no shape yet; the spec's check names it.
+    return () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+
+
+def _tensors_by_every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 class Layer:
@@ -277,6 +317,10 @@ class Layer:
     def group(self, name: str, size: int) -> Axis:
         """A unit group inside the layer, such as heads that are averaged in the end."""
         return self._builder.group(f"{self.path}.{name}", size)
+
+    def whole(self) -> None:
+        """Declares that every subnet holds the rest of the layer whole."""
+        self._builder.whole(self.path)
 
     def refuse(self, why: str) -> None:
         """Stops: this layer cannot be partitioned as it is configured."""

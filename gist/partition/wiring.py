@@ -10,12 +10,16 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from gist.errors import ConfigError, PartitionError
 from gist.partition.builder import SpecBuilder
+from gist.partition.chain import chain_of, wire_chain
 from gist.partition.rules.pyg import wire_basic_gnn
-from gist.partition.rules.registry import rule_of
 from gist.partition.spec import Axis, PartitionSpec
 
-Wiring = Sequence[str | tuple[str, str]] | Mapping[str, Mapping[str, Any]]
-"""A chain of layer names, or named unit groups; see :func:`partition_spec`."""
+Wiring = (
+    Sequence[str | tuple[str, str]]
+    | Mapping[str, Mapping[str, Any]]
+    | Callable[[Any, SpecBuilder], None]
+)
+"""A chain of layer names, named unit groups, or a function; see :func:`partition_spec`."""
 
 
 @runtime_checkable
@@ -34,7 +38,8 @@ def partition_spec(model: nn.Module, wiring: Wiring | None = None) -> PartitionS
 
     Args:
         model: A :mod:`gist.nn` model or another of PyG's ``BasicGNN`` family, which
-            are known; a model with ``declare_wiring``; or any other together with ``wiring``.
+            are known; a model with ``declare_wiring``; a ``nn.Sequential`` of layers, nested or
+            not, which is wired as the chain that it is; or any other together with ``wiring``.
         wiring: Whose output units are whose input units. Either a chain, the names of the layers in
             the order of the data flow: ``["conv1", "norm1", "conv2"]``, where every layer that sums
             over features starts a unit group, but for the last, whose output stays whole; a pair
@@ -45,39 +50,46 @@ def partition_spec(model: nn.Module, wiring: Wiring | None = None) -> PartitionS
 
             where ``out`` names the layers whose outputs are these units, ``through`` those that
             pass them on one by one (norms), ``in`` those that take them in, and ``units`` is
-            optional.
+            optional. Or a function of the model and a :class:`~gist.partition.builder.SpecBuilder`,
+            such as :func:`~gist.partition.residual_wiring.wire_blocks`.
 
     Raises:
         PartitionError: the wiring is not known, or with every finding about a model that cannot be
             partitioned as wired.
     """
     builder = SpecBuilder(model)
-    if isinstance(wiring, str) or (
-        wiring is not None and not isinstance(wiring, Sequence | Mapping)
+    if isinstance(wiring, str) or not (
+        wiring is None or callable(wiring) or isinstance(wiring, Sequence | Mapping)
     ):
         raise ConfigError(
-            "wiring must be a sequence of layer names or a mapping of groups", got=repr(wiring)
+            "wiring must be a sequence of layer names, a mapping of groups or a function",
+            got=repr(wiring),
         )
-    if isinstance(wiring, Mapping):
+    if callable(wiring):
+        wiring(model, builder)
+    elif isinstance(wiring, Mapping):
         _wire_groups(builder, wiring)
     elif wiring is not None:
-        _wire_chain(builder, wiring)
+        _wire_steps(builder, wiring)
     elif isinstance(model, DeclaresWiring):
         model.declare_wiring(builder)
+    elif chain := chain_of(model):
+        wire_chain(builder, [(path, None) for path in chain])
     else:
         known = next((wire for kind, wire in _KNOWN.items() if isinstance(model, kind)), None)
         if known is None:
             layers = [name for name, _ in model.named_children()]
             raise PartitionError(
                 f"the wiring of {type(model).__name__} is not known",
-                expected="a gist.nn model or a PyG GCN, GraphSAGE, GAT or GIN",
-                remedy=f"pass wiring=[...] with the layers in order of the data flow, of {layers}",
+                expected="a gist.nn model, a PyG GCN, GraphSAGE, GAT or GIN, or a nn.Sequential",
+                remedy=f"pass wiring=[...] with the layers in order of the data flow, of {layers}; "
+                "or wiring=gist.wire_filters, wiring=gist.wire_blocks for residual networks",
             )
         known(model, builder)
     return builder.build()
 
 
-def _wire_chain(builder: SpecBuilder, wiring: Sequence[str | tuple[str, str]]) -> None:
+def _wire_steps(builder: SpecBuilder, wiring: Sequence[str | tuple[str, str]]) -> None:
     steps = [(step, None) if isinstance(step, str) else step for step in wiring]
     for step in steps:
         if not (isinstance(step, tuple | list) and len(step) == 2 and isinstance(step[0], str)):
@@ -86,19 +98,7 @@ def _wire_chain(builder: SpecBuilder, wiring: Sequence[str | tuple[str, str]]) -
                 got=repr(step),
                 expected="such as 'conv1' or ('conv1', 'heads')",
             )
-    producing = [path for path, _ in steps if _starts_group(builder.model, path)]
-    axis: Axis | None = None
-    for path, units in steps:
-        produces = path if path in producing[:-1] else None
-        axis = builder.layer(path, axis, produces=produces, units=units)
-
-
-def _starts_group(model: nn.Module, path: str) -> bool:
-    try:
-        module = model.get_submodule(path)
-        return rule_of(module).produces(module)
-    except (AttributeError, PartitionError):
-        return False  # the builder names what is wrong with it
+    wire_chain(builder, steps)
 
 
 def _wire_groups(builder: SpecBuilder, wiring: Mapping[str, Mapping[str, Any]]) -> None:

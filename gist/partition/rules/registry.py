@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,6 +47,13 @@ class Rule(ABC):
     def produces(self, module: Any) -> bool:
         """Whether the output features are new units, rather than the input features handed on."""
         return self.contracts
+
+    def chain(self, module: Any) -> Sequence[str] | None:
+        """Names of submodules that, one after the other, are all that the module does.
+
+        None for everything else. A model that is such a chain needs no wiring.
+        """
+        return None
 
     def resize(  # noqa: B027  # layers that keep no sizes need not
         self, module: Any, input: int | None, output: int | None
@@ -92,7 +99,11 @@ HOW_TO_REGISTER = "register one: @gist.register_rule(YourLayer) on a subclass of
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
-_ON_DEMAND = {"dgl": "gist.partition.rules.dgl_layers"}
+_ON_DEMAND = {
+    "dgl": "gist.partition.rules.dgl_layers",
+    "timm": "gist.partition.rules.timm_layers",
+    "torchvision": "gist.partition.rules.vision",
+}
 """Rules of optional packages: the module that registers them, imported when a layer is met."""
 
 R = TypeVar("R", bound=type[Rule])

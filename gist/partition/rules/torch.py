@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -259,9 +260,13 @@ class SequentialRule(Rule):
         """See :meth:`Rule.produces`."""
         return any(rule_of(child).produces(child) for child in module.children())
 
+    def chain(self, module: Any) -> Sequence[str]:
+        """See :meth:`Rule.chain`."""
+        return tuple(module._modules)
+
     def connect(self, layer: Layer) -> Axis | None:
         """See :meth:`Rule.connect`."""
-        return connect_chain(layer, [name for name, _ in layer.module.named_children()])
+        return connect_chain(layer, list(self.chain(layer.module)))
 
     def grouped(self, module: Any, grouping: Grouping) -> nn.Module | None:
         """See :meth:`Rule.grouped`."""
