@@ -26,10 +26,10 @@ from rich.table import Table
 from rich.text import Text
 
 import gist
+from gist.catalog import places
+from gist.catalog.cards import list_cards, load_card
 from gist.errors import DataError
 from gist.execution import allocator
-from gist.graph import places
-from gist.graph.cards import list_cards, load_card
 from gist.graph.dgl_graph import EXTRA, backend_named
 from gist.graph.sparse import FASTEST, KERNEL_VARIABLE, PICKED, SparseMatrix, product_kernel
 

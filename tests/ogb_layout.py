@@ -69,7 +69,7 @@ def write_cards(folder: Path, changes: Mapping[str, Mapping[str, Any]]) -> Path:
     """Copies all dataset cards to a new folder, some of them with other values.
 
     Loaders compare a dataset with its card: a tiny one needs a card with its own sizes, in a folder
-    that takes the place of ``gist.graph.cards._PLACES``.
+    that takes the place of ``gist.catalog.cards._PLACES``.
 
     Args:
         folder: A new one.

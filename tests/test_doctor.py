@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from gist import doctor
+from gist.catalog.cards import load_card
 from gist.doctor import Check, Diagnosis, diagnose, render
-from gist.graph.cards import load_card
 from gist.graph.sparse import CSR, PICKED
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from gist.errors import ConfigError, DataError
-from gist.metrics import METRICS, compute_metric, loss
+from gist.metrics import METRICS, RunningMetric, compute_metric, is_precision, loss
 
 shapes = given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 10**6))
 
@@ -105,3 +105,94 @@ def test_roc_auc_refuses_labels_of_one_kind():
 def test_every_task_has_a_metric():
     assert set(METRICS) == {"multiclass", "multilabel", "binary"}
     assert all(METRICS.values())
+
+
+labelled = given(st.integers(1, 12), st.integers(1, 8), st.integers(0, 10**6), st.floats(0, 1))
+
+
+def random_labels(n: int, c: int, seed: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of which no two are equal, and 0/1 labels; some rows may have none."""
+    rng = torch.Generator().manual_seed(seed)
+    scores = torch.randperm(n * c, generator=rng).view(n, c).double()
+    return scores, (torch.rand(n, c, generator=rng) < share).double()
+
+
+@labelled
+def test_precision_at_k_counts_labels_among_the_best(n, c, seed, share):
+    scores, y = random_labels(n, c, seed, share)
+    for k in (1, 3, 5):
+        hits = 0.0
+        for row, labels in zip(scores.tolist(), y.tolist(), strict=True):
+            best = sorted(range(c), key=lambda j: -row[j])[:k]
+            hits += sum(labels[j] for j in best)
+        for stored in (y, y.to_sparse_csr()):
+            assert compute_metric(f"precision@{k}", scores, stored) == pytest.approx(hits / n / k)
+
+
+@labelled
+def test_the_loss_of_sparse_labels_is_that_of_a_uniform_distribution_over_them(n, c, seed, share):
+    scores, y = random_labels(n, c, seed, share)
+    scores = (scores / 10).requires_grad_()
+    mass = y / y.sum(1, keepdim=True).clamp(min=1)
+    expected = F.cross_entropy(scores, mass)
+    got = loss("multilabel", scores, y.to_sparse_csr())
+    assert got.item() == pytest.approx(expected.item())
+    (wanted,) = torch.autograd.grad(expected, scores)
+    assert torch.allclose(torch.autograd.grad(got, scores)[0], wanted)
+    stacked = loss("multilabel", torch.stack([scores, -scores], dim=1), y.to_sparse_csr())
+    other = F.cross_entropy(-scores, mass)
+    assert torch.allclose(stacked, torch.stack([expected, other]))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_sparse_labels_may_be_counted_in_any_whole_numbers(kind):
+    scores, y = random_labels(6, 5, 0, 0.5)
+    sparse = y.to_sparse_csr()
+    parts = (sparse.crow_indices().to(kind), sparse.col_indices().to(kind), sparse.values())
+    counted = torch.sparse_csr_tensor(*parts, y.shape, check_invariants=True)
+    assert loss("multilabel", scores, counted) == loss("multilabel", scores, sparse)
+    assert compute_metric("precision@3", scores, counted) == compute_metric(
+        "precision@3", scores, y
+    )
+
+
+@settings(max_examples=10)
+@given(st.integers(2, 30), st.integers(0, 999), st.integers(1, 9))
+def test_a_running_metric_is_that_of_all_rows(n, seed, size):
+    scores, y = random_labels(n, 4, seed, 0.5)
+    y[0], y[1] = 0.0, 1.0  # so that a ROC-AUC is defined
+    for metric in METRICS["multilabel"]:
+        running = RunningMetric(metric)
+        for some in torch.arange(n).split(size):
+            running.add(scores[some], y[some])
+        assert running.is_defined
+        assert running.result() == pytest.approx(compute_metric(metric, scores, y))
+
+
+def test_a_running_metric_refuses_what_one_of_all_rows_does():
+    running = RunningMetric("accuracy")
+    running.add(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    running.add(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
+    with pytest.raises(DataError, match="training diverged; got: 1 of 4 values"):
+        running.result()
+    with pytest.raises(DataError, match="accuracy needs one row of outputs"):
+        running.add(torch.zeros(2, 3), torch.zeros(3).long())
+    alike = RunningMetric("roc_auc")
+    alike.add(torch.zeros(2, 1), torch.ones(2, 1))
+    assert not alike.is_defined
+    with pytest.raises(ConfigError, match="unknown metric"):
+        RunningMetric("recall")
+
+
+@pytest.mark.parametrize(
+    ("metric", "y"),
+    [
+        ("precision@1", torch.zeros(3).long()),
+        ("micro_f1", torch.eye(3).to_sparse_csr()),
+        ("roc_auc", torch.eye(3).to_sparse_csr()),
+    ],
+)
+def test_sparse_labels_have_precisions_and_class_numbers_have_none(metric, y):
+    assert is_precision(metric) == (metric == "precision@1")
+    with pytest.raises(DataError, match=f"{metric} needs one row of outputs"):
+        compute_metric(metric, torch.zeros(3, 3), y)

@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from gist import load_dataset
+from gist.catalog.cards import load_card
 from gist.cli import app
 from gist.config import TrainConfig
 from gist.errors import ConfigError, DataError
 from gist.experiment import Experiment, build_model, plan_run
-from gist.graph.cards import load_card
 from gist.graph.data import GraphData
 from gist.graph.datasets import find_card
 

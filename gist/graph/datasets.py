@@ -1,6 +1,7 @@
-"""Datasets by name: generated ones at once, downloaded ones from a folder with their raw files.
+"""Graphs by name: generated ones at once, downloaded ones from a folder with their raw files.
 
-:mod:`gist.graph.places` says where raw files lie. The small ones are verified and parsed each time;
+:mod:`gist.catalog.places` says where raw files lie. The small ones are verified and parsed each
+time;
 what is made of the large ones is kept (:mod:`gist.graph.processed`).
 """
 
@@ -18,14 +19,16 @@ import numpy as np
 from torch_geometric.datasets import Flickr, Reddit, Yelp
 from torch_geometric.utils import to_undirected
 
+from gist.catalog.cards import list_cards, load_card
+from gist.catalog.download import fetch
+from gist.catalog.options import every_option
+from gist.catalog.places import find_raw, not_there, preparing, verify
+from gist.catalog.records import GraphCard
 from gist.errors import ConfigError, DataError
-from gist.graph.cards import Card, list_cards, load_card
 from gist.graph.convert import as_mask
 from gist.graph.data import GraphData
-from gist.graph.download import fetch
 from gist.graph.generate import arxiv_like, csbm, digits
 from gist.graph.ogb_files import read_arxiv, read_products, read_proteins
-from gist.graph.places import find_raw, not_there, preparing, verify
 from gist.graph.processed import find_kept, keep, kept_folder
 from gist.graph.pyg_files import read_planetoid, read_ppi, read_single
 
@@ -38,10 +41,10 @@ def load_dataset(
     seed: int = 0,
     **options: Any,
 ) -> GraphData:
-    """A dataset by name, or a saved graph by its path; never touches the network.
+    """A graph by name, or a saved graph by its path; never touches the network.
 
     Args:
-        name: A name that :func:`gist.graph.cards.list_cards` lists; or what
+        name: A name that :func:`gist.catalog.cards.list_cards` lists; or what
             :meth:`GraphData.load` takes: a path ends in ``.npz``, has a separator, or exists.
         root: Folder to read raw files from, in place of ``GIST_DATA`` and the cache; what is made
             of large ones is kept there too, if it may be written to.
@@ -60,7 +63,7 @@ def load_dataset(
     card = find_card(name, options)
     if card is None:
         return GraphData.load(name)
-    every = _every_option(card, options)
+    every = every_option(card.name, _LOADERS[card.name], options)
     if card.checksums:
         return _of_raw_files(card, root, every)
     load = _LOADERS[card.name]
@@ -69,7 +72,7 @@ def load_dataset(
 
 
 def _of_raw_files(
-    card: Card, root: str | Path | None, options: Mapping[str, Any], *, verified: bool = False
+    card: GraphCard, root: str | Path | None, options: Mapping[str, Any], *, verified: bool = False
 ) -> GraphData:
     """The graph of a dataset that is downloaded: kept, or made now.
 
@@ -109,7 +112,7 @@ def _of_raw_files(
     return keep(card, root, options, read) if kept else read()
 
 
-def _check_sizes(graph: GraphData, card: Card, folder: Path) -> None:
+def _check_sizes(graph: GraphData, card: GraphCard, folder: Path) -> None:
     """Refuses a graph without the sizes on the card, which counts edges in both directions."""
     edges = graph.num_edges
     if graph.directed:
@@ -124,40 +127,20 @@ def _check_sizes(graph: GraphData, card: Card, folder: Path) -> None:
         )
 
 
-def _every_option(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a dataset, those that are given and the others at their defaults.
-
-    Raises:
-        ConfigError: one that it does not have, or a switch that is no boolean.
-    """
-    parameters = inspect.signature(_LOADERS[card.name]).parameters
-    accepted = {key: p.default for key, p in parameters.items() if key not in _GIVEN}
-    if unknown := sorted(options.keys() - accepted.keys()):
-        raise ConfigError(
-            f"options that {card.name} does not have",
-            got=", ".join(unknown),
-            expected=" or ".join(sorted(accepted)) or "none",
-        )
-    for key, value in options.items():
-        if isinstance(accepted[key], bool) and not isinstance(value, bool):
-            raise ConfigError(f"{key} is switched on or off", got=repr(value), expected="a boolean")
-    return {**accepted, **options}
-
-
 def find_card(
     name: str | os.PathLike[str], options: Mapping[str, Any] | None = None
-) -> Card | None:
-    """The card of a dataset; None where the name is the path of a saved graph.
+) -> GraphCard | None:
+    """The card of a graph; None where the name is the path of a saved graph.
 
     A path ends in ``.npz``, has a separator in it, or exists. A known name is never one.
 
     Raises:
-        ConfigError: an unknown dataset, or options for a saved graph.
+        ConfigError: an unknown dataset, one that is no graph, or options for a saved graph.
     """
     name = os.fspath(name)
     is_path = name.endswith(".npz") or os.sep in name or Path(name).exists()
     if name.lower() in list_cards() or not is_path:
-        return load_card(name)
+        return _graph_card(name)
     if options:
         raise ConfigError(
             "a saved graph has no options",
@@ -167,13 +150,25 @@ def find_card(
     return None
 
 
-def is_kept(card: Card) -> bool:
+def _graph_card(name: str) -> GraphCard:
+    card = load_card(name)
+    if not isinstance(card, GraphCard):
+        raise ConfigError(
+            "a dataset of independent samples is no graph",
+            got=card.name,
+            expected="the name of a graph, or the path of a saved one",
+            remedy="gist.load_dataset reads both kinds",
+        )
+    return card
+
+
+def is_kept(card: GraphCard) -> bool:
     """Whether what is made of a dataset's raw files is kept, and mapped into memory from there."""
     return bool(card.checksums) and card.name not in _READ_EACH_TIME
 
 
 def prepare_dataset(name: str, root: str | Path | None = None, **options: Any) -> Path | None:
-    """Downloads the raw files of a dataset, unless they are there, verifies and reads them.
+    """Downloads the raw files of a graph, unless they are there, verifies and reads them.
 
     What takes long to read is kept, so that :func:`load_dataset` has it at once.
 
@@ -192,10 +187,10 @@ def prepare_dataset(name: str, root: str | Path | None = None, **options: Any) -
             left behind.
         MissingDependencyError: a package that reads the files is not installed.
     """
-    card = load_card(name)
+    card = _graph_card(name)
     if not card.checksums:
         return None
-    every = _every_option(card, options)
+    every = every_option(card.name, _LOADERS[card.name], options)
     if (folder := find_raw(card, root)) is not None:
         verify(card, folder, root=root)
     elif (folder := _kept_folder(card, root, every)) is None:
@@ -204,7 +199,9 @@ def prepare_dataset(name: str, root: str | Path | None = None, **options: Any) -
     return folder
 
 
-def _kept_folder(card: Card, root: str | Path | None, options: Mapping[str, Any]) -> Path | None:
+def _kept_folder(
+    card: GraphCard, root: str | Path | None, options: Mapping[str, Any]
+) -> Path | None:
     """Where a graph was kept that makes raw files needless."""
     folder, other = kept_folder(card, root, options), _SPLIT_ANEW.get(card.name)
     if folder is None and other is not None:
@@ -212,7 +209,7 @@ def _kept_folder(card: Card, root: str | Path | None, options: Mapping[str, Any]
     return folder
 
 
-def _read_amazon2m(folder: Path, card: Card) -> GraphData:
+def _read_amazon2m(folder: Path, card: GraphCard) -> GraphData:
     return _cluster_gcn_split(read_products(folder, card))
 
 
@@ -230,9 +227,6 @@ def _cluster_gcn_split(graph: GraphData) -> GraphData:
         name="amazon2m",
     )
 
-
-_GIVEN = frozenset({"card", "folder", "seed"})
-"""Arguments of loaders that are no options: all take some of them."""
 
 _LOADERS: dict[str, Callable[..., GraphData]] = {
     "digits": digits,

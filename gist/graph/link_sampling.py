@@ -21,8 +21,8 @@ from torch_geometric.utils import (
 
 from gist.errors import ConfigError, DataError
 from gist.graph.link_metrics import hits_of
-from gist.graph.random_states import RandomStates
 from gist.partition.streams import stream_seed
+from gist.random_states import RandomStates
 
 _NEGATIVES_OF_EACH = 100
 

@@ -22,8 +22,8 @@ from gist.graph.adjacency import Adjacency, true_positions
 from gist.graph.batch import BatchRecipe, BatchSource, GraphBatch
 from gist.graph.convert import as_edge_values, pyg_edge_values
 from gist.graph.data import GraphData
-from gist.graph.random_states import RandomStates
 from gist.partition.streams import stream_seed
+from gist.random_states import RandomStates
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import to_undirected
 
+from gist.catalog.records import Card
 from gist.errors import ConfigError, DataError, MissingDependencyError
-from gist.graph.cards import Card
 from gist.graph.convert import mean_of_edges
 from gist.graph.data import GraphData
 

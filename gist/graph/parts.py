@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gist.catalog.places import data_folders
 from gist.errors import ConfigError, DataError
 from gist.graph.adjacency import Adjacency
-from gist.graph.places import data_folders
 from gist.partition.streams import stream
 
 Method = Literal["metis", "random"]

@@ -7,20 +7,18 @@ have changed.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gist.catalog.places import data_folders, find_raw
+from gist.catalog.records import Card
+from gist.catalog.writing import alone_in, may_write
 from gist.errors import DataError
 from gist.graph import files
-from gist.graph.cards import Card
 from gist.graph.data import GraphData
-from gist.graph.places import data_folders, find_raw
 
 _FORMAT = 1
 """Raised when raw files are read in another way, so that what was made of them is made again."""
@@ -66,9 +64,9 @@ def keep(
         read: Makes the graph.
     """
     place = _places(card, root, options)[-1]
-    if not _may_write(place):
+    if not may_write(place):
         return read()
-    with _alone_in(place.parent):
+    with alone_in(place.parent):
         if (graph := find_kept(card, root, options)) is not None:  # another process was first
             return graph
         source = _source(card, find_raw(card, root))
@@ -93,22 +91,6 @@ def _places(card: Card, root: str | Path | None, options: Mapping[str, Any]) -> 
     return [folder / "processed" / name for folder in data_folders(root)]
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Waits for other processes that are in here: several workers read a dataset once.
-
-    A network file system may have no locks. Then each reads for itself, and the last one's is kept.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _source(card: Card, raw: Path | None) -> dict[str, Any]:
     """What a graph is made from: sizes and times of the raw files, None where they are gone."""
     files = None
@@ -127,8 +109,3 @@ def _is_of(place: Path, source: dict[str, Any]) -> bool:
     if source["files"] is None:
         return bool(found.get("format") == source["format"])
     return bool(found == source)
-
-
-def _may_write(place: Path) -> bool:
-    there = next(folder for folder in place.parents if folder.exists())
-    return os.access(there, os.W_OK)

@@ -22,8 +22,8 @@ from torch_geometric.datasets import PPI
 from torch_geometric.io import read_planetoid_data
 from torch_geometric.transforms import NormalizeFeatures
 
+from gist.catalog.records import Card
 from gist.errors import DataError
-from gist.graph.cards import Card
 from gist.graph.data import GraphData
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from gist import GraphShape, load_dataset
+from gist.catalog import cards
+from gist.catalog.cards import load_card
 from gist.experiment import MODEL_SETTINGS, build_model
-from gist.graph import cards, datasets
-from gist.graph.cards import load_card
+from gist.graph import datasets
 from gist.graph.generate import csbm
 from tests.ogb_layout import write_cards, write_ogb_layout
 from tests.workers.spawn import run_workers

@@ -1,4 +1,4 @@
-"""Generated graphs, dataset cards, and datasets by name."""
+"""Generated graphs, and graphs by name."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.datasets import Planetoid
 from torch_geometric.utils import coalesce
 
-from gist.config import GraphConfig, TrainConfig, split_settings
+from gist.catalog import download
+from gist.catalog.cards import list_cards, load_card
+from gist.catalog.records import GraphCard
 from gist.errors import ConfigError, DataError
-from gist.experiment import MODEL_SETTINGS, MODELS
-from gist.graph import cards, datasets, download
+from gist.graph import datasets
 from gist.graph.adjacency import Adjacency
-from gist.graph.cards import Card, list_cards, load_card, read_card, readme
 from gist.graph.datasets import load_dataset, prepare_dataset
 from gist.graph.generate import csbm, digits
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PLANETOID = ("cora", "citeseer", "pubmed")
 
 
@@ -205,159 +203,18 @@ def test_csbm_with_200_000_nodes_takes_seconds():
     assert time.perf_counter() - start < 60
 
 
-# --- cards -----------------------------------------------------------------------------------
-
-
-def test_all_cards_are_listed_and_sound():
-    for name in list_cards():
-        card = load_card(name)
-        assert isinstance(card, Card)
-        assert card.name == name
-        assert all(file in card.checksums or file.endswith("/") for file in card.urls)
-    assert load_card("Cora") == load_card("cora")
-    assert datasets._LOADERS.keys() == set(list_cards())
-
-
-@pytest.mark.parametrize("name", list_cards())
-def test_settings_of_a_card_make_a_run(name):
-    card = load_card(name)
-    for m in (1, 2, 4, 8):
-        chosen = card.settings_for(m) | {"num_subnets": m}
-        model = {key: chosen.pop(key) for key in MODEL_SETTINGS if key in chosen}
-        assert model["model"] in MODELS
-        graph, training = split_settings(chosen, GraphConfig, TrainConfig)
-        TrainConfig.from_settings(training)
-        GraphConfig(**graph)
-
-
-def test_settings_apply_from_their_number_of_subnets_on():
-    card = load_card("digits")
-    changes = {2: {"lr": 0.02}, 8: {"local_steps": 5}}
-    card = dataclasses.replace(card, settings=dataclasses.replace(card.settings, subnets=changes))
-    plain = card.settings_for(1)
-    assert plain | {"num_subnets": None} == dataclasses.asdict(card.settings.defaults)
-    assert card.settings_for(2) == card.settings_for(7) == plain | {"lr": 0.02}
-    assert card.settings_for(8) == card.settings_for(16) == plain | {"local_steps": 5}
-
-
-@pytest.mark.parametrize("name", ["cora", "citeseer", "pubmed"])
-def test_planetoid_cards_hold_the_papers_table(name):
-    paper = load_card(name).paper
-    assert (paper.epochs, paper.local_steps, paper.clusters) == (400, 20, None)
-    (result,) = paper.results
-    assert (result.table, result.model, result.layers, result.hidden) == (1, "gcn", 3, 256)
-    assert set(result.accuracy) == {1, 2, 4, 8}
-
-
-def test_the_card_of_amazon2m_holds_the_papers_tables():
-    card, products = load_card("amazon2m"), load_card("ogbn-products")
-    assert (card.nodes, card.edges, card.files) == (products.nodes, products.edges, products.files)
-    assert card.split.train == 1_709_997
-    assert card.split.val + card.split.test == 739_032
-    by_table = {table: [r for r in card.paper.results if r.table == table] for table in (2, 3)}
-    assert {(r.layers, r.hidden) for r in by_table[2]} == {
-        (2, 400), (4, 400), (2, 4096), (3, 4096), (4, 4096),
-    }  # fmt: skip
-    assert all(1 not in r.accuracy for r in by_table[3] if r.hidden > 4096), "out of memory"
-
-
-def test_unknown_cards_list_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'coar'; expected: .*citeseer or cora or.*mean 'cora'"):
-        load_card("coar")
-    with pytest.raises(ConfigError, match=r"unknown dataset; got: 'zzz'; expected: [^;]*$"):
-        load_dataset("zzz")
-
-
-@pytest.mark.parametrize(
-    ("match", "change"),
-    [
-        ("unknown key; got: licenze.*did you mean 'licence'", lambda raw: raw.update(licenze="")),
-        ("missing key; got: nodes, task", lambda raw: (raw.pop("nodes"), raw.pop("task"))),
-        ("nodes; got: '7'; expected: int", lambda raw: raw.update(nodes="7")),
-        ("nodes; got: True", lambda raw: raw.update(nodes=True)),
-        ("task; got: regression", lambda raw: raw.update(task="regression")),
-        ("metric; got: roc_auc; expected: accuracy", lambda raw: raw.update(metric="roc_auc")),
-        ("name; got: other; expected: digits", lambda raw: raw.update(name="other")),
-        ("split: missing key; got: val", lambda raw: raw["split"].pop("val")),
-        ("checksums; got: None; expected: a mapping", lambda raw: raw.update(checksums=None)),
-        ("checksums.a; got: 1; expected: str", lambda raw: raw.update(checksums={"a": 1})),
-        (
-            "defaults: unknown key; got: width",
-            lambda raw: raw["settings"]["defaults"].update(width=1),
-        ),
-        (
-            "defaults: num_subnets.0.1; got: '8'; expected: float",
-            lambda raw: raw["settings"]["defaults"].update(num_subnets=[[1, "8"]]),
-        ),
-        (
-            "defaults.num_subnets; got: .*; expected: .share of the budget, m.",
-            lambda raw: raw["settings"]["defaults"].update(num_subnets=[[1.0, 8.5]]),
-        ),
-        (
-            "defaults.num_subnets; got: .*; expected: shares that sum to 1",
-            lambda raw: raw["settings"]["defaults"].update(num_subnets=[[0.6, 8]]),
-        ),
-        (
-            "subnets.2; got: .*; expected: no m",
-            lambda raw: raw["settings"]["subnets"].update({2: {"num_subnets": [[1.0, 2]]}}),
-        ),
-        ("defaults: lr; got: '5e-4'", lambda raw: raw["settings"]["defaults"].update(lr="5e-4")),
-        (
-            "subnets.2: unknown key; got: x",
-            lambda raw: raw["settings"]["subnets"].update({2: {"x": 1}}),
-        ),
-        (
-            "subnets.4: epochs; got: 1.5; expected: int",
-            lambda raw: raw["settings"]["subnets"].update({4: {"epochs": 1.5}}),
-        ),
-        (
-            "subnets; got: 'two'; expected: int",
-            lambda raw: raw["settings"].update(subnets={"two": {}}),
-        ),
-    ],
-)
-def test_damaged_cards_are_refused(tmp_path, match, change):
-    raw = yaml.safe_load((REPOSITORY / "datasets" / "digits.yaml").read_text())
-    change(raw)
-    path = tmp_path / "digits.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    with pytest.raises(DataError, match=match):
-        read_card(path)
-
-
-@pytest.mark.parametrize(("text", "match"), [("a: [", "not valid YAML"), ("- 1", "a mapping with")])
-def test_files_that_are_no_cards_are_refused(tmp_path, text, match):
-    path = tmp_path / "digits.yaml"
-    path.write_text(text)
-    with pytest.raises(DataError, match=match):
-        read_card(path)
-
-
-def test_cards_of_an_installed_package_come_first(monkeypatch, tmp_path):
-    source = REPOSITORY / "datasets" / "digits.yaml"
-    (tmp_path / "digits.yaml").write_text(source.read_text())
-    monkeypatch.setattr(cards, "_PLACES", (tmp_path, *cards._PLACES))
-    assert list_cards() == ["digits"]
-    monkeypatch.setattr(cards, "_PLACES", (tmp_path / "none",))
-    with pytest.raises(DataError, match="cards are missing from this installation"):
-        list_cards()
-
-
-def test_the_table_of_cards_is_up_to_date():
-    written = (REPOSITORY / "datasets" / "README.md").read_text(encoding="utf-8")
-    assert written == readme(), "run: python -m gist.graph.cards"
-
-
-def test_the_table_is_rewritten_whole(monkeypatch, tmp_path):
-    source = REPOSITORY / "datasets" / "digits.yaml"
-    (tmp_path / "digits.yaml").write_text(source.read_text())
-    monkeypatch.setattr(cards, "_PLACES", (tmp_path,))
-    cards.main()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "digits.yaml"]
-    assert (tmp_path / "README.md").read_text() == readme()
-
-
 # --- by name ---------------------------------------------------------------------------------
+
+
+def test_every_graph_has_a_card():
+    names = [name for name in list_cards() if isinstance(load_card(name), GraphCard)]
+    assert set(names) == datasets._LOADERS.keys()
+
+
+def test_samples_are_no_graph():
+    for action in (load_dataset, prepare_dataset, datasets.find_card):
+        with pytest.raises(ConfigError, match=r"is no graph; got: mnist; .*reads both"):
+            action("mnist")
 
 
 def agrees(data, card):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gist import Adjacency, Cluster, GISTTrainer, GraphData, load_dataset
+from gist import Adjacency, Cluster, GISTTrainer, GraphData, load_dataset, metrics
 from gist.errors import CheckpointError, ConfigError
-from gist.graph import inference, metrics, objective, parts
+from gist.graph import inference, objective, parts
 from gist.graph.inference import (
     Inference,
     choose_inference,

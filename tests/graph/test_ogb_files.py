@@ -16,9 +16,9 @@ import torch
 from torch_geometric.utils import coalesce, to_undirected
 
 from gist import GraphData, load_dataset
+from gist.catalog import cards
+from gist.catalog.cards import load_card
 from gist.errors import ConfigError, DataError, MissingDependencyError
-from gist.graph import cards
-from gist.graph.cards import load_card
 from gist.graph.ogb_files import official_score
 from gist.metrics import compute_metric
 from tests.ogb_layout import SPLITS, write_cards, write_ogb_layout

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from gist import load_dataset
+from gist.catalog import cards, writing
+from gist.catalog import places as raw_places
+from gist.catalog.cards import load_card
+from gist.catalog.places import sums_known
 from gist.errors import ConfigError, DataError
-from gist.graph import cards, datasets, files, ogb_files, processed
-from gist.graph import places as raw_places
-from gist.graph.cards import load_card
+from gist.graph import datasets, files, ogb_files, processed
 from gist.graph.outline import GraphShape
-from gist.graph.places import sums_known
 from tests.ogb_layout import write_cards, write_ogb_layout
 
 KEY = "ogbn-arxiv-symmetrize=true"
@@ -132,7 +133,7 @@ def test_what_was_kept_beside_the_raw_files_is_used(places, reads):
 
 
 def test_nothing_is_kept_where_nothing_may_be_written(places, reads, monkeypatch):
-    monkeypatch.setattr(processed.os, "access", lambda *_: False)
+    monkeypatch.setattr(writing.os, "access", lambda *_: False)
     assert load_dataset("ogbn-arxiv").num_nodes == 10
     assert not any(places[1].iterdir())
 
@@ -194,7 +195,7 @@ def test_a_file_system_without_locks_will_do(places, monkeypatch, code):
     def flock(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(processed.fcntl, "flock", flock)
+    monkeypatch.setattr(writing.fcntl, "flock", flock)
     assert load_dataset("ogbn-arxiv").num_nodes == 10
     assert (places[1] / "processed" / KEY).is_dir()
 
@@ -202,8 +203,8 @@ def test_a_file_system_without_locks_will_do(places, monkeypatch, code):
 def test_preparing_hashes_each_raw_file_once(places, monkeypatch):
     folder = places[0] / "ogb" / "ogbn_arxiv"
     raw_places.record_sums(load_card("ogbn-arxiv"), folder)
-    hashed, sha256 = [], raw_places._sha256
-    monkeypatch.setattr(raw_places, "_sha256", lambda file: hashed.append(file) or sha256(file))
+    hashed, sha256 = [], raw_places.sha256
+    monkeypatch.setattr(raw_places, "sha256", lambda file: hashed.append(file) or sha256(file))
     assert datasets.prepare_dataset("ogbn-arxiv") == folder
     assert sorted(hashed) == sorted(folder / file for file in load_card("ogbn-arxiv").checksums)
 

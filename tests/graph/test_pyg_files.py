@@ -14,9 +14,9 @@ from torch_geometric.datasets import PPI, Flickr, Reddit, Yelp
 from torch_geometric.utils import coalesce
 
 from gist import load_dataset
+from gist.catalog.cards import load_card
 from gist.errors import DataError
 from gist.graph import datasets
-from gist.graph.cards import load_card
 
 NODES = 12
 CLASSES = {"reddit": Reddit, "flickr": Flickr, "yelp": Yelp}

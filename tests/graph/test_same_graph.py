@@ -18,7 +18,7 @@ import torch
 from torch_geometric.data import Data
 
 from gist import GISTTrainer, load_dataset
-from gist.graph.cards import load_card
+from gist.catalog.cards import load_card
 from gist.graph.data import GraphData
 from gist.graph.dgl_graph import import_dgl
 from gist.graph.ogb_files import read_arxiv

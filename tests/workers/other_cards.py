@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from gist.graph import cards
+from gist.catalog import cards
 
 if __name__ == "__main__":
     cards._PLACES = (Path(sys.argv[1]),)

@@ -1,7 +1,8 @@
 """Dataset cards: where a dataset comes from, what is in it, and how to train on it.
 
-A card is a YAML file in ``datasets/`` of the source tree, installed as ``gist/_cards/``.
-``python -m gist.graph.cards`` writes ``datasets/README.md``, a table of all cards.
+A card is a YAML file in ``datasets/`` of the source tree, installed as ``gist/_cards/``. It is of a
+graph, unless its ``kind`` is ``samples``.
+``python -m gist.catalog.cards`` writes ``datasets/README.md``, a table of all cards.
 """
 
 from __future__ import annotations
@@ -9,189 +10,25 @@ from __future__ import annotations
 import difflib
 import os
 import types
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from gist.catalog.records import Card, GraphCard, SampleCard, SampleSettings, TrainingSettings
 from gist.errors import ConfigError, DataError
-from gist.metrics import METRICS, Metric, Task
+from gist.metrics import METRICS
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PLACES = (_PACKAGE / "_cards", _PACKAGE.parent / "datasets")  # a wheel, a source tree
 _Record = TypeVar("_Record")
 
+_KINDS: dict[str, type[Card]] = {"graph": GraphCard, "samples": SampleCard}
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Number of nodes in each split; None where it is not known."""
-
-    train: int | None
-    val: int | None
-    test: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaperResult:
-    """One row of a table of the GIST paper (Wolfe et al., arXiv 2102.10424).
-
-    Attributes:
-        table: Number of the table.
-        model: Name of the reference model.
-        layers: Number of layers.
-        hidden: Width of each hidden layer.
-        accuracy: Test accuracy or F1 in percent for each number of subnets; 1 is the full model.
-    """
-
-    table: int
-    model: str
-    layers: int
-    hidden: int
-    accuracy: dict[int, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paper:
-    """Settings and results of the GIST paper; None for a setting that it does not give.
-
-    Attributes:
-        epochs: Total budget.
-        local_steps: Steps between two merges.
-        clusters: Parts the graph was cut into; None for full batches.
-        clusters_per_batch: Clusters of a batch.
-        lr: Learning rate.
-        dropout: Share of activations dropped.
-        results: Rows of its tables.
-    """
-
-    epochs: int
-    local_steps: int
-    clusters: int | None = None
-    clusters_per_batch: int | None = None
-    lr: float | None = None
-    dropout: float | None = None
-    results: list[PaperResult]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """Settings to start from, by the names of model and trainer options.
-
-    Attributes:
-        model: Name of the reference model.
-        hidden: Width of each hidden layer.
-        layers: Number of layers.
-        norm: Normalisation after each hidden layer; None for none.
-        dropout: Share of activations dropped.
-        lr: Learning rate.
-        weight_decay: Weight decay.
-        schedule: Name of the learning-rate schedule.
-        epochs: Total budget, split over the subnets.
-        local_steps: Steps between two merges.
-        clusters: Parts to cut the graph into; None trains on the whole graph.
-        clusters_per_batch: Clusters of a batch.
-        inductive: Whether to train on the subgraph of the training nodes alone.
-        num_subnets: What to train with these settings where no number of subnets is asked for, as
-            ``[share, m]`` of each phase; None leaves it to :class:`~gist.config.TrainConfig`.
-    """
-
-    model: str
-    hidden: int
-    layers: int
-    norm: str | None
-    dropout: float
-    lr: float
-    weight_decay: float
-    schedule: str
-    epochs: int
-    local_steps: int
-    clusters: int | None = None
-    clusters_per_batch: int = 1
-    inductive: bool = False
-    num_subnets: list[list[float]] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Recommended settings, and what changes from so many subnets on."""
-
-    defaults: TrainingSettings
-    subnets: dict[int, dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What is known of one dataset.
-
-    Attributes:
-        name: As :func:`gist.load_dataset` takes it; also the name of the file.
-        title: One line.
-        source: Where the data comes from.
-        licence: Under what terms.
-        citation: Whom to cite.
-        nodes: Number of nodes.
-        edges: Number of directed edges as stored: an undirected edge counts twice.
-        features: Number of features.
-        classes: Number of output columns.
-        task: Kind of labels.
-        metric: What is reported.
-        split: Nodes in each split.
-        checksums: Raw files, as paths below the dataset's folder, with their SHA-256; None where
-            it is not known. Empty for generated data.
-        paper: The GIST paper's settings and results, None where it has none.
-        settings: Where to start training from.
-        note: Anything else worth knowing.
-        folders: Names that the dataset's folder may have below a data folder; downloads go to the
-            first.
-        edge_features: Number of features of an edge.
-        urls: What to download, by where it goes below the dataset's folder: a file; or, where that
-            ends in ``/``, an archive to unpack there. A URL that ends in ``/`` as well stands for
-            all raw files there.
-    """
-
-    name: str
-    title: str
-    source: str
-    licence: str
-    citation: str
-    nodes: int
-    edges: int
-    features: int
-    classes: int
-    task: Task
-    metric: Metric
-    split: Split
-    checksums: dict[str, str | None]
-    paper: Paper | None
-    settings: Settings
-    note: str
-    folders: list[str] = field(default_factory=list)
-    urls: dict[str, str] = field(default_factory=dict)
-    edge_features: int = 0
-
-    @property
-    def files(self) -> list[str]:
-        """Raw files, as paths below a data folder; none for generated data."""
-        return [f"{self.folders[0]}/{file}" for file in self.checksums]
-
-    def settings_for(self, num_subnets: int) -> dict[str, Any]:
-        """Recommended settings for m subnets: the defaults, changed as the card says.
-
-        Changes apply from their number of subnets up to the next one listed: with changes for 2
-        and 8, four subnets take those for 2 and sixteen those for 8.
-
-        Args:
-            num_subnets: m.
-
-        Returns:
-            Values by setting name.
-        """
-        settings = dict(vars(self.settings.defaults))
-        del settings["num_subnets"]  # what this is asked for is known
-        listed = [m for m in self.settings.subnets if m <= num_subnets]
-        return settings | (self.settings.subnets[max(listed)] if listed else {})
+SAMPLE_METHODS = ("ist", "resist", "loft")
+"""Methods that the card of samples may have settings for."""
 
 
 def list_cards() -> list[str]:
@@ -236,7 +73,10 @@ def read_card(path: Path) -> Card:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise DataError(f"{path.name} is not valid YAML", got=error) from error
-    card = _record(Card, raw, path.name)
+    _require(isinstance(raw, dict), path.name, type(raw).__name__, "a mapping with keys and values")
+    kind = raw.pop("kind", "graph")
+    _require(kind in list(_KINDS), f"{path.name}: kind", repr(kind), " or ".join(_KINDS))
+    card = _record(_KINDS[kind], raw, path.name)
     _require(card.name == path.stem, f"{path.name}: name", card.name, path.stem)
     _require(card.task in METRICS, f"{path.name}: task", card.task, " or ".join(METRICS))
     metrics = METRICS[card.task]
@@ -247,15 +87,36 @@ def read_card(path: Path) -> Card:
         f"folders {card.folders}, urls {card.urls}",
         "at least one of each",
     )
-    _check_phases(card.settings.defaults.num_subnets, f"{path.name}: settings.defaults.num_subnets")
+    for form, sums in card.forms.items():
+        _require(bool(sums), f"{path.name}: forms.{form}", "no file", "at least one")
+    if isinstance(card, GraphCard):
+        _check_graph(card, path.name)
+    elif isinstance(card, SampleCard):
+        _check_samples(card, path.name)
+    return card
+
+
+def _check_graph(card: GraphCard, file: str) -> None:
+    _check_phases(card.settings.defaults.num_subnets, f"{file}: settings.defaults.num_subnets")
     for m, changes in card.settings.subnets.items():
-        _require(
-            "num_subnets" not in changes, f"{path.name}: settings.subnets.{m}", changes, "no m"
-        )
+        _require("num_subnets" not in changes, f"{file}: settings.subnets.{m}", changes, "no m")
         # a change is sound if the settings with it are
         changed = vars(card.settings.defaults) | changes
-        _record(TrainingSettings, changed, f"{path.name}: settings.subnets.{m}")
-    return card
+        _record(TrainingSettings, changed, f"{file}: settings.subnets.{m}")
+
+
+def _check_samples(card: SampleCard, file: str) -> None:
+    fits = len(card.shape) in (1, 3) and min(card.shape) >= 1
+    _require(fits, f"{file}: shape", card.shape, "[features] or [channels, height, width]")
+    split = [card.split.train, card.split.val, card.split.test]
+    adds_up = sum(n or 0 for n in split) == card.samples and None not in split
+    _require(adds_up, f"{file}: split", split, f"{card.samples:,} samples in all")
+    for method, settings in card.settings.items():
+        where = f"{file}: settings.{method}"
+        _require(method in SAMPLE_METHODS, f"{file}: settings", method, " or ".join(SAMPLE_METHODS))
+        _record(SampleSettings, settings.defaults, f"{where}.defaults")
+        for m, changes in settings.subnets.items():
+            _record(SampleSettings, settings.defaults | changes, f"{where}.subnets.{m}")
 
 
 def _record(cls: type[_Record], raw: Any, where: str) -> _Record:
@@ -329,15 +190,23 @@ def _folder() -> Path:
 
 def table() -> list[list[str]]:
     """A head, then one row for each card."""
-    head = ["name", "what", "nodes", "edges", "features", "classes", "task and metric"]
+    head = ["name", "what", "size", "edges", "features", "classes", "task and metric"]
     rows = [[*head, "train / val / test", "licence", "source"]]
     for card in map(load_card, list_cards()):
+        counts = [*_sizes(card), f"{card.classes:,}"]
         split = [card.split.train, card.split.val, card.split.test]
-        counts = (f"{n:,}" for n in (card.nodes, card.edges, card.features, card.classes))
         task = f"{card.task}, {card.metric}"
         parts = " / ".join("?" if n is None else f"{n:,}" for n in split)
         rows.append([card.name, card.title, *counts, task, parts, card.licence, card.source])
     return rows
+
+
+def _sizes(card: Card) -> list[str]:
+    """Nodes or samples, edges, and features or the shape of an image."""
+    if isinstance(card, GraphCard):
+        return [f"{n:,}" for n in (card.nodes, card.edges, card.features)]
+    assert isinstance(card, SampleCard)
+    return [f"{card.samples:,}", "–", " x ".join(f"{n:,}" for n in card.shape)]
 
 
 def readme() -> str:
@@ -348,9 +217,10 @@ def readme() -> str:
     return (
         "# Dataset cards\n\n"
         "One YAML file per dataset: source, licence, statistics, checksums of the raw files, the\n"
-        "GIST paper's results and our settings. Edges are directed edges as stored: an undirected\n"
-        "edge counts twice. What is not known is a `?`. This table is written by\n"
-        "`python -m gist.graph.cards`.\n\n"
+        "GIST paper's results and our settings. The size is a number of nodes, or of samples\n"
+        "where there are no edges. Edges are directed edges as stored: an undirected edge counts\n"
+        "twice. What is not known is a `?`. This table is written by\n"
+        "`python -m gist.catalog.cards`.\n\n"
         f"{lines}\n"
     )
 

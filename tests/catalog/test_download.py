@@ -11,11 +11,11 @@ import zipfile
 
 import pytest
 
+from gist.catalog import download
+from gist.catalog.cards import load_card
+from gist.catalog.download import fetch
+from gist.catalog.places import known_sums, sums_known, verify
 from gist.errors import DataError
-from gist.graph import download
-from gist.graph.cards import load_card
-from gist.graph.download import fetch
-from gist.graph.places import known_sums, sums_known, verify
 
 BODY = bytes(range(256)) * 40
 

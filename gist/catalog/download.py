@@ -26,9 +26,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from gist.catalog.places import SUMS, data_folders, record_sums, verify
+from gist.catalog.records import Card
 from gist.errors import DataError
-from gist.graph.cards import Card
-from gist.graph.places import SUMS, data_folders, record_sums, verify
 
 _TIMEOUT_SECONDS = 60
 _TRIES = 5
@@ -48,7 +48,7 @@ def fetch(card: Card, root: str | Path | None) -> Path:
 
     Args:
         card: Of the dataset.
-        root: As for :func:`~gist.graph.places.data_folders`: the last one of these is written to.
+        root: As for :func:`~gist.catalog.places.data_folders`: the last one of these is written to.
 
     Returns:
         The dataset's folder.

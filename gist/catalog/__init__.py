@@ -1,0 +1,1 @@
+"""What datasets there are, where their files lie, and how they get there."""
