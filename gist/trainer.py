@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -349,7 +349,8 @@ class SubnetTrainer:
 
     def depth_corrected(self, model: nn.Module) -> AbstractContextManager[None]:
         """While open, the whole model is as it is evaluated; see ``depth_correction``."""
-        return scaled_blocks(model, self.spec, self.block_shares())
+        shares = self.block_shares()
+        return scaled_blocks(model, self.spec, shares) if shares else nullcontext()
 
     def _choose_inference(self, model: nn.Module) -> None:
         """Decides how the whole model is evaluated, if that is still open."""
@@ -497,6 +498,10 @@ class SubnetTrainer:
             CheckpointError: there is no model in it, or one of other tensors.
         """
         self.store.read([Path(folder) / MODEL_FILE])
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run, of training and data, as JSON values."""
+        return self.config.to_json()
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON values: model, groups, settings."""
@@ -755,6 +760,10 @@ class GISTTrainer(SubnetTrainer):
             comm=self.comm,
             say=self._say,
         )
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run, of training and graph, as JSON values."""
+        return {**super().settings(), **self.graph_config.to_json()}
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON values: model, groups, settings, batches."""

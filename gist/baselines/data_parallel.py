@@ -30,13 +30,14 @@ from gist.execution.serial import SerialExecutor
 from gist.execution.store import MemoryStore
 from gist.execution.tensorfile import write_tensors
 from gist.graph.objective import GraphObjective
+from gist.methods.samples import SampleTrainer
 from gist.partition.assignment import Assignment
 from gist.partition.samplers import Whole
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.streams import ResumedStream
 from gist.partition.wiring import Wiring
 from gist.plan import RoundPlan
-from gist.trainer import GISTTrainer
+from gist.trainer import GISTTrainer, SubnetTrainer
 
 _SYNC_BUFFERS = "broadcast_buffers"
 if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
@@ -48,60 +49,20 @@ def data_parallel_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "sampler": Whole(), "optimizer_state": "carry"}
 
 
-class DataParallelTrainer(GISTTrainer):
-    """Trains the whole model on the gradients of ``num_subnets`` batches per step.
+class _DataParallel(SubnetTrainer):
+    """What data-parallel training is on any kind of data; comes before the trainer of that kind."""
 
-    Batch ``i`` of a step, and what is drawn at random with it, is that of subnet ``i``; the budget
-    is split over the batches, as over subnets. In one process a step takes its batches one after
-    the other. Under torchrun every rank has the whole model, and averages the gradients of its
-    ``m / W`` batches with those of the others by
-    :class:`~torch.nn.parallel.DistributedDataParallel`: the same run, to rounding. BatchNorm tracks
-    the statistics of the first batch of each step.
-
-    Args:
-        model: As for :class:`~gist.trainer.GISTTrainer`; under torchrun rank 0's values are taken.
-        data: Likewise.
-        wiring: Likewise.
-        config: Likewise; changed by :func:`data_parallel_settings`.
-        **settings: Likewise.
-
-    Raises:
-        ConfigError: ``num_subnets`` is no multiple of the number of workers, or as for
-            :class:`~gist.trainer.GISTTrainer`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Any,
-        *,
-        wiring: Wiring | None = None,
-        config: TrainConfig | None = None,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, model: nn.Module, data: Any, **settings: Any) -> None:
+        config = settings.get("config")
         if config is None:
             settings = data_parallel_settings(settings)
         else:
-            config = replace(config, **data_parallel_settings({}))
-        super().__init__(model, data, wiring=wiring, config=config, **settings)
+            settings["config"] = replace(config, **data_parallel_settings({}))
+        super().__init__(model, data, **settings)
 
     def _check_workers(self) -> None:
         super()._check_workers()
         require_even_shares(self.config, self.comm.size)
-
-    def _find_room(self) -> Room | None:
-        assert isinstance(self.objective, GraphObjective)
-        whole = replace(self.config, num_subnets=1)
-        return find_room(
-            self.model,
-            self.spec,
-            self.objective,
-            whole,
-            self.device,
-            comm=self.comm,
-            shards=False,
-            say=self._say,
-        )
 
     def _make_store(self) -> ReplicatedStore:
         require_memory(self.model, self.config)
@@ -122,6 +83,55 @@ class DataParallelTrainer(GISTTrainer):
         if wanted is not None:
             self.comm.fill_from_main(self.model.buffers())
         return metrics
+
+
+class DataParallelTrainer(_DataParallel, GISTTrainer):
+    """Trains the whole model on the gradients of ``num_subnets`` batches per step.
+
+    Batch ``i`` of a step, and what is drawn at random with it, is that of subnet ``i``; the budget
+    is split over the batches, as over subnets. In one process a step takes its batches one after
+    the other. Under torchrun every rank has the whole model, and averages the gradients of its
+    ``m / W`` batches with those of the others by
+    :class:`~torch.nn.parallel.DistributedDataParallel`: the same run, to rounding. BatchNorm tracks
+    the statistics of the first batch of each step.
+
+    Args:
+        model: As for :class:`~gist.trainer.GISTTrainer`; under torchrun rank 0's values are taken.
+        data: Likewise.
+        **settings: Likewise, also ``wiring`` and ``config``; changed by
+            :func:`data_parallel_settings`.
+
+    Raises:
+        ConfigError: ``num_subnets`` is no multiple of the number of workers, or as for
+            :class:`~gist.trainer.GISTTrainer`.
+    """
+
+    def _find_room(self) -> Room | None:
+        assert isinstance(self.objective, GraphObjective)
+        whole = replace(self.config, num_subnets=1)
+        return find_room(
+            self.model,
+            self.spec,
+            self.objective,
+            whole,
+            self.device,
+            comm=self.comm,
+            shards=False,
+            say=self._say,
+        )
+
+
+class SampleDataParallelTrainer(_DataParallel, SampleTrainer):
+    """The same on independent samples; see :class:`DataParallelTrainer`.
+
+    Args:
+        model: As for :class:`~gist.methods.samples.SampleTrainer`.
+        data: Likewise.
+        **settings: Likewise; changed by :func:`data_parallel_settings`.
+
+    Raises:
+        ConfigError: as for :class:`DataParallelTrainer`.
+    """
 
 
 def require_even_shares(config: TrainConfig, workers: int) -> None:
