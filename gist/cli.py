@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import gist
+from gist.catalog.cards import table as card_table
+from gist.catalog.places import data_folders, sums_known
 from gist.checkpoint import write_atomically
 from gist.compare import compare as run_comparison
 from gist.compare import differing_settings, write_run_config
@@ -34,14 +36,14 @@ from gist.config import (
     SubnetSchedule,
 )
 from gist.costs.costs import render as render_costs
+from gist.datasets import find_card, load_dataset, prepare_dataset
 from gist.errors import ConfigError, GistError
 from gist.execution.comm import is_launched, local_device
-from gist.experiment import BASELINES, HEADS, METHODS, MODELS, Experiment, plan_run
-from gist.graph.cards import table as card_table
+from gist.experiment import BASELINES, METHODS, MODELS, Experiment, plan_run
+from gist.families.graphs import HEADS
 from gist.graph.clusters import Cluster
-from gist.graph.datasets import find_card, load_dataset, prepare_dataset
+from gist.graph.data import GraphData
 from gist.graph.layout import keep_layout, keep_training_graph
-from gist.graph.places import data_folders, sums_known
 from gist.launch import launch
 
 app = typer.Typer(
@@ -59,6 +61,14 @@ Dataset = Annotated[
 DataOption = Annotated[
     list[str] | None,
     typer.Option("--data", help="Option of the dataset, NAME=VALUE; may be repeated."),
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help=f"One of {', '.join(METHODS)}; by default the subnet training that data and model are "
+        "made for.",
+    ),
 ]
 Model = Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}.")]
 Hidden = Annotated[int | None, typer.Option(help="Width of every hidden layer.")]
@@ -101,6 +111,22 @@ EvaluationOption = Annotated[
 ]
 Inductive = Annotated[
     bool | None, typer.Option(help="Train on the subgraph of the training nodes alone, or not.")
+]
+BatchSize = Annotated[int | None, typer.Option(help="Samples of a step; not of graphs.")]
+Shards = Annotated[
+    bool | None, typer.Option(help="Each subnet sees its own share of the samples alone, or all.")
+]
+SampledOutputs = Annotated[
+    int | None, typer.Option(help="Take the loss over so many outputs, drawn in every step.")
+]
+Stages = Annotated[
+    str | None, typer.Option(help="resist: stages whose blocks are dealt, with commas.")
+]
+MinBlocks = Annotated[
+    int | None, typer.Option(help="resist: blocks of a stage that a subnet holds at least.")
+]
+WarmupRounds = Annotated[
+    int | None, typer.Option(help="resist: rounds at the start with whole models, by local SGD.")
 ]
 ClipNorm = Annotated[float | None, typer.Option(help="Largest gradient norm.")]
 EarlyStopping = Annotated[
@@ -152,13 +178,13 @@ def common(
         ),
     ] = False,
 ) -> None:
-    """Independent subnet training of graph networks."""
+    """Independent subnet training of graph networks and other wide or deep models."""
 
 
 @app.command()
 def train(
     dataset: Dataset,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gist",
+    method: MethodOption = None,
     subnets: Annotated[
         str | None,
         typer.Option(help="m (default 4, or the card's), or a schedule: 0.6:8,0.4:1 (share:m)."),
@@ -182,6 +208,12 @@ def train(
     clusters_per_batch: ClustersPerBatch = None,
     inductive: Inductive = None,
     evaluation: EvaluationOption = None,
+    batch_size: BatchSize = None,
+    shards: Shards = None,
+    sampled_outputs: SampledOutputs = None,
+    stages: Stages = None,
+    min_blocks: MinBlocks = None,
+    warmup_rounds: WarmupRounds = None,
     executor: ExecutorOption = None,
     shared_batches: SharedBatches = None,
     memory_limit: MemoryLimit = None,
@@ -257,7 +289,7 @@ def train(
     _write_json(json_file, summary)
     if json_file != Path("-"):
         _console.print(
-            f"{dataset}, {method}, m = {_subnets_text(trainer.config.num_subnets)}: "
+            f"{dataset}, {experiment.method}, m = {_subnets_text(trainer.config.num_subnets)}: "
             f"{trainer.metric} "
             f"[bold]{100 * result.test_metric:.2f}%[/] test, "
             f"{100 * result.val_metric:.2f}% validation (round {result.best.round + 1} of "
@@ -269,6 +301,7 @@ def train(
 @app.command()
 def compare(
     dataset: Dataset,
+    method: MethodOption = None,
     subnets: Annotated[
         str, typer.Option(help="Values of m, with commas; a schedule as 0.6:8/0.4:1.")
     ] = "1,2,4,8",
@@ -296,6 +329,12 @@ def compare(
     clusters_per_batch: ClustersPerBatch = None,
     inductive: Inductive = None,
     evaluation: EvaluationOption = None,
+    batch_size: BatchSize = None,
+    shards: Shards = None,
+    sampled_outputs: SampledOutputs = None,
+    stages: Stages = None,
+    min_blocks: MinBlocks = None,
+    warmup_rounds: WarmupRounds = None,
     executor: ExecutorOption = None,
     shared_batches: SharedBatches = None,
     memory_limit: MemoryLimit = None,
@@ -320,6 +359,7 @@ def compare(
     _use(threads, device)
     experiment = Experiment(
         dataset=dataset,
+        method=method,
         data_options=_pairs(data),
         settings={
             **_given(parameters, _TRAIN_SETTINGS),
@@ -488,6 +528,10 @@ def prepare(
         return
     folder = data_folders(None)[-1] / "clusters"
     graph = load_dataset(dataset, **options)
+    if not isinstance(graph, GraphData):
+        raise ConfigError(
+            "only graphs are cut into clusters", got=dataset, remedy="leave --clusters out"
+        )
     graph = keep_training_graph(graph, cache=folder) if inductive else graph
     laid_out = keep_layout(graph, clusters, cache=folder)
     recipe = Cluster(num_parts=clusters, parts_per_batch=clusters_per_batch, cache=folder)
@@ -549,6 +593,12 @@ _TRAIN_SETTINGS = (
     "clusters_per_batch",
     "inductive",
     "evaluation",
+    "batch_size",
+    "shards",
+    "sampled_outputs",
+    "stages",
+    "min_blocks",
+    "warmup_rounds",
     "executor",
     "shared_batches",
     "memory_limit",
@@ -573,6 +623,8 @@ def _given(parameters: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]
         given["norm"] = None
     if "out" in given:
         given["out"] = str(given["out"])
+    if "stages" in given:
+        given["stages"] = tuple(given["stages"].split(","))
     if given.get("capacities", "measured") != "measured":
         given["capacities"] = _numbers("capacities", given["capacities"])
     return given

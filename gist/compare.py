@@ -15,7 +15,7 @@ from rich.table import Table
 
 from gist.checkpoint import write_atomically
 from gist.config import SubnetSchedule
-from gist.experiment import BASELINES, Experiment
+from gist.experiment import Experiment
 from gist.metrics import one_of
 from gist.plan import plan_rounds
 
@@ -44,8 +44,8 @@ def compare(
         base: Dataset and settings that all runs share.
         subnets: Values of m to compare.
         full: Whether to run the full model, which speedups then refer to.
-        baselines: Names of :data:`~gist.experiment.BASELINES`, which are run too for each number of
-            subnets above 1; a schedule of subnets has no baselines.
+        baselines: Names of baselines, which are run too for each number of subnets above 1; a
+            schedule of subnets has none.
         seeds: Number of seeds, from ``base.seed`` on.
         device: Where to run.
         out: Receives ``table.json`` and, below ``runs/``, every run.
@@ -59,7 +59,7 @@ def compare(
         ConfigError: an unknown baseline, or a setting that cannot be used.
     """
     for name in baselines:
-        one_of("baseline", name, BASELINES)
+        one_of("baseline", name, base.family.baselines)
     data = base.load_data()
     methods = [replace(base, method="full")] if full else []
     methods += [replace(base, settings={**base.settings, "num_subnets": m}) for m in subnets]

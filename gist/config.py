@@ -350,7 +350,7 @@ class SampleConfig:
     shards: bool = False
     steps_per_epoch: int | None = None
     sampled_outputs: int | None = None
-    train_eval_samples: int = 10_000
+    train_eval_samples: int = 2_000
 
     def __post_init__(self) -> None:
         optional = ("steps_per_epoch", "sampled_outputs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -310,12 +310,7 @@ class SubnetTrainer:
         def measure(model: nn.Module) -> dict[str, float]:
             with self.depth_corrected(model):
                 if recalibrate is not None:
-                    batches = self.objective.batches(
-                        seed=self.config.seed,
-                        round=recalibrate.index,
-                        subnet=0,
-                        steps=self._recalibration_steps,
-                    )
+                    batches = self._statistics_batches(recalibrate)
                     recalibrate_batchnorm(model, self.objective, batches)
                 self._choose_inference(model.eval())
                 return self.objective.evaluate(model)
@@ -328,10 +323,12 @@ class SubnetTrainer:
             self.store.take(model, [name for name, _ in self.model.named_buffers()])
         return metrics
 
-    @property
-    def _recalibration_steps(self) -> int:
+    def _statistics_batches(self, plan: RoundPlan) -> Iterable[Any]:
         """Batches that BatchNorm statistics are re-estimated on."""
-        return self.objective.steps_per_epoch
+        steps = self.objective.steps_per_epoch
+        return self.objective.batches(
+            seed=self.config.seed, round=plan.index, subnet=0, steps=steps
+        )
 
     def block_shares(self) -> dict[str, float]:
         """For each group of residual blocks, the share of subnets that hold one.

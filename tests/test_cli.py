@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from gist import cli
+from gist.catalog import cards
 from gist.errors import ConfigError
-from gist.graph import cards
 from tests.ogb_layout import write_cards, write_ogb_layout
 
 TINY = [
@@ -81,7 +81,7 @@ def test_json_to_standard_output_is_nothing_else(gist):
 def test_the_card_gives_what_is_not_given(gist):
     _, printed, _ = gist("train", "digits", "--subnets", "8", "--fast-dev-run", "--json", "-")
     values = json.loads(printed)
-    from gist.graph.cards import load_card
+    from gist.catalog.cards import load_card
 
     card = load_card("digits").settings_for(8)
     assert (values["hidden"], values["layers"]) == (card["hidden"], card["layers"])
@@ -117,8 +117,9 @@ def test_resume_goes_on(gist, tmp_path):
 def test_compare_prints_one_table_and_keeps_every_run(gist, tmp_path):
     out = tmp_path / "cmp"
     code, printed, progress = gist(
-        "compare", "csbm", *TINY, "--subnets", "1,2,0.5:4/0.5:1", "--seeds", "2", "--out", str(out)
-    )
+        "compare", "csbm", *TINY, "--epochs", "16", "--subnets", "1,2,0.5:4/0.5:1",
+        "--seeds", "2", "--out", str(out),
+    )  # fmt: skip
     assert code == 0
     lines = [line.split() for line in printed.splitlines()]
     assert [words[:2] for words in lines if words and words[0] in ("full", "gist")] == [
@@ -283,12 +284,12 @@ def test_plan_says_what_a_run_on_a_dataset_takes(gist, monkeypatch, tmp_path):
 
 
 def test_plan_takes_what_is_not_given_from_the_card(gist):
-    from gist.graph.cards import load_card
+    from gist.catalog.cards import load_card
 
     card = load_card("csbm")
     _, printed, _ = gist("plan", "csbm", "--subnets", "8", "--json", "-")
     values = json.loads(printed)
-    assert values["graph"]["nodes"] == card.nodes
+    assert values["data"]["nodes"] == card.nodes
     assert values["num_subnets"] == 8
     layers, hidden = (card.settings_for(8)[name] for name in ("layers", "hidden"))
     # A gcn has one weight and one bias in each layer.
@@ -315,14 +316,14 @@ def test_plan_needs_no_dataset_where_the_sizes_are_given(gist, tmp_path):
 def test_plan_to_standard_output_is_nothing_but_json(gist):
     code, printed, error = gist("plan", *SIZES, "--subnets", "2", "--json", "-")
     assert code == 0
-    assert json.loads(printed)["graph"]["features"] == 20
+    assert json.loads(printed)["data"]["features"] == 20
     assert error == ""
 
 
 def test_sizes_go_before_those_of_the_card_and_options_of_the_data_too(gist):
     options = ["--data", "num_nodes=1000", "--data", "average_degree=4"]
     _, printed, _ = gist("plan", "csbm", *options, "--classes", "3", "--json", "-")
-    graph = json.loads(printed)["graph"]
+    graph = json.loads(printed)["data"]
     assert (graph["nodes"], graph["edges"], graph["classes"]) == (1000, 4000, 3)
 
 
@@ -416,13 +417,13 @@ def test_clusters_are_cut_kept_and_trained_on(gist, monkeypatch, tmp_path):
 
 
 def test_cards_may_name_clusters(gist, monkeypatch):
+    from gist.catalog import cards
     from gist.experiment import Experiment
-    from gist.graph import cards
 
     card = cards.load_card("csbm")
     defaults = replace(card.settings.defaults, clusters=5, clusters_per_batch=2, inductive=True)
     with_clusters = replace(card, settings=replace(card.settings, defaults=defaults))
-    monkeypatch.setattr("gist.experiment.find_card", lambda *_: with_clusters)
+    monkeypatch.setattr("gist.families.graphs.find_card", lambda *_: with_clusters)
     small = {"num_nodes": 200, "num_classes": 3}
     run = Experiment(dataset="csbm", data_options=small, settings={"hidden": 8})
     trainer = run.trainer(run.load_data())

@@ -16,7 +16,8 @@ from gist.catalog.cards import load_card
 from gist.cli import app
 from gist.config import TrainConfig
 from gist.errors import ConfigError, DataError
-from gist.experiment import Experiment, build_model, plan_run
+from gist.experiment import Experiment, plan_run
+from gist.families.graphs import build_model
 from gist.graph.data import GraphData
 from gist.graph.datasets import find_card
 
@@ -90,7 +91,7 @@ def test_a_plan_is_that_of_its_sizes(here):
     sizes = {"num_nodes": 60, "num_edges": 1200, "num_features": 4, "num_classes": 3}
     by_size = plan_run(None, sizes=sizes, settings={"hidden": 8}).to_json()
     by_path = output("plan", "graph.npz", "--hidden", "8")
-    for name in ("graph", "num_parameters", "parameters_per_subnet"):
+    for name in ("data", "num_parameters", "parameters_per_subnet"):
         assert by_path[name] == by_size[name], name
 
 

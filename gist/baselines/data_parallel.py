@@ -37,6 +37,7 @@ from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.streams import ResumedStream
 from gist.partition.wiring import Wiring
 from gist.plan import RoundPlan
+from gist.samples.objective import SampleObjective
 from gist.trainer import GISTTrainer, SubnetTrainer
 
 _SYNC_BUFFERS = "broadcast_buffers"
@@ -63,6 +64,20 @@ class _DataParallel(SubnetTrainer):
     def _check_workers(self) -> None:
         super()._check_workers()
         require_even_shares(self.config, self.comm.size)
+
+    def _find_room(self) -> Room | None:
+        assert isinstance(self.objective, GraphObjective | SampleObjective)
+        whole = replace(self.config, num_subnets=1)
+        return find_room(
+            self.model,
+            self.spec,
+            self.objective,
+            whole,
+            self.device,
+            comm=self.comm,
+            shards=False,
+            say=self._say,
+        )
 
     def _make_store(self) -> ReplicatedStore:
         require_memory(self.model, self.config)
@@ -105,20 +120,6 @@ class DataParallelTrainer(_DataParallel, GISTTrainer):
         ConfigError: ``num_subnets`` is no multiple of the number of workers, or as for
             :class:`~gist.trainer.GISTTrainer`.
     """
-
-    def _find_room(self) -> Room | None:
-        assert isinstance(self.objective, GraphObjective)
-        whole = replace(self.config, num_subnets=1)
-        return find_room(
-            self.model,
-            self.spec,
-            self.objective,
-            whole,
-            self.device,
-            comm=self.comm,
-            shards=False,
-            say=self._say,
-        )
 
 
 class SampleDataParallelTrainer(_DataParallel, SampleTrainer):

@@ -18,15 +18,18 @@ class Costs:
     """What a run takes in memory, on disk, between workers and in operations.
 
     Attributes:
-        graph: Sizes: ``nodes``, ``edges``, ``features``, ``classes``, and those of one training
-            step: ``batch_nodes``, ``batch_edges``.
+        data: Sizes. Of a graph ``nodes``, ``edges``, ``features``, ``classes``, and those of one
+            training step: ``batch_nodes``, ``batch_edges``; of samples ``samples``,
+            ``batch_samples``, ``outputs``, and those of one sample: ``features``; or ``channels``,
+            ``height`` and ``width``; ``bag_entries`` where it is a bag.
         num_parameters: Entries of the whole model's parameters.
         parameters_per_subnet: Trainable entries of the largest subnet.
         num_subnets: m, or a schedule of ``(share, m)``.
         workers: W.
         executor: Where subnets run; ``"auto"`` where that is left to measurement.
         stacked_at_once: Subnets that run side by side at most.
-        evaluation: How the model is evaluated: ``"full"``, ``"layerwise"`` or ``"clusters"``.
+        evaluation: How the model is evaluated: ``"full"``, ``"layerwise"`` or ``"clusters"``; on
+            samples ``"batched"``.
         memory: For each phase of the run what is alive at its peak, in bytes by item.
         memory_limit: Bytes that the run may take: as set, or what is in use and free.
         disk: Bytes of the files in the run's directory.
@@ -40,7 +43,7 @@ class Costs:
         notes: What was taken for granted.
     """
 
-    graph: Mapping[str, int]
+    data: Mapping[str, int]
     num_parameters: int
     parameters_per_subnet: int
     num_subnets: int | tuple[tuple[float, int], ...]
@@ -85,13 +88,6 @@ class Costs:
 
 def render(costs: Costs) -> RenderableType:
     """The costs as tables for a terminal."""
-    graph = costs.graph
-    head = (
-        f"{graph['nodes']:,} nodes, {graph['edges']:,} edges, {graph['features']:,} features, "
-        f"{graph['classes']:,} outputs"
-    )
-    if graph["batch_nodes"] != graph["nodes"]:
-        head += f"; a step sees {graph['batch_nodes']:,} nodes, {graph['batch_edges']:,} edges"
     how = f"{costs.executor} execution"
     if costs.stacked_at_once > 1:
         how += f", {costs.stacked_at_once} side by side"
@@ -109,7 +105,7 @@ def render(costs: Costs) -> RenderableType:
     if costs.remedies:
         memory += f"\nto change: {'; '.join(costs.remedies)}"
     return Group(
-        head,
+        _graph(costs.data) if "nodes" in costs.data else _samples(costs.data),
         model,
         "",
         _memory_table(costs),
@@ -121,6 +117,29 @@ def render(costs: Costs) -> RenderableType:
         "",
         f"on disk: {disk}",
         *(f"[dim]- {note}[/]" for note in costs.notes),
+    )
+
+
+def _graph(sizes: Mapping[str, int]) -> str:
+    head = (
+        f"{sizes['nodes']:,} nodes, {sizes['edges']:,} edges, {sizes['features']:,} features, "
+        f"{sizes['classes']:,} outputs"
+    )
+    if sizes["batch_nodes"] != sizes["nodes"]:
+        head += f"; a step sees {sizes['batch_nodes']:,} nodes, {sizes['batch_edges']:,} edges"
+    return head
+
+
+def _samples(sizes: Mapping[str, int]) -> str:
+    known = ("samples", "batch_samples", "outputs", "bag_entries")
+    shape = " x ".join(f"{size:,}" for name, size in sizes.items() if name not in known)
+    if "features" in sizes:
+        shape += " features"
+    if "bag_entries" in sizes:
+        shape += f", {sizes['bag_entries']:,} of them in each"
+    return (
+        f"{sizes['samples']:,} samples of {shape}, {sizes['outputs']:,} outputs; a step sees "
+        f"{sizes['batch_samples']:,} samples"
     )
 
 
@@ -157,8 +176,12 @@ def _exchange_table(costs: Costs) -> Table:
         table.add_column(name, justify="left" if name in ("", "what") else "right")
     for name, exchange in costs.exchange.items():
         sizes = (decimal(exchange.total), decimal(exchange.busiest))
-        table.add_row(_words(name), *sizes, exchange.formula)
+        table.add_row(_SCHEMES.get(name, _words(name)), *sizes, exchange.formula)
     return table
+
+
+_SCHEMES = {"gist": "subnets"}
+"""Words for schemes of exchange that are not their name."""
 
 
 def _words(name: str) -> str:

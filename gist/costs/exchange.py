@@ -1,4 +1,4 @@
-"""Bytes that workers exchange in a round: closed formulas, for GIST and what it is compared with.
+"""Bytes that workers exchange in a round: closed formulas, for subnets and other schemes.
 
 Nothing is measured here, and nothing sent. Shape legend: ``m`` subnets, ``W`` workers, ``ζ`` local
 steps, ``P`` bytes of the whole model's trainable parameters.
@@ -41,7 +41,7 @@ class Exchange:
 
 
 class Traffic:
-    """Bytes that each worker sends and receives in a round of GIST, round by round.
+    """Bytes that each worker sends and receives in a round of subnets, round by round.
 
     Subnet ``i`` is trained by worker ``i mod W``. Let ``h_i(w)`` be the bytes that subnet ``i``
     holds of rows that worker ``w`` has:
@@ -107,9 +107,10 @@ class Traffic:
                 rows = _rows(layout, selection)
                 entries = selection.numel(layout) // max(rows.numel(), 1)
                 held = torch.bincount(owner[rows], minlength=size) * entries
-                moved[:, worker] += held * there
+                counts = (held > 0) * (steps if layout.owner is not None else 0)
+                moved[:, worker] += held * there + counts * (self._rounds > 0)
                 if not (exclusive and _moves(layout)):
-                    moved[worker] += held * back
+                    moved[worker] += held * back + counts
             if exclusive and _moves(layout):
                 for i, selection in enumerate(selections):
                     if selection.holds(layout):
@@ -172,11 +173,12 @@ def exchange_per_round(
 ) -> dict[str, Exchange]:
     """What a round costs under four schemes, all of which see the same ``m ζ`` batches in it.
 
-    With GIST, workers exchange what changes hands: see :class:`Traffic`. The others move the whole
-    model: data parallel training sums the gradients of all ``P`` after each of its ``m ζ / W``
-    steps, local SGD averages ``P`` once in ``ζ`` steps of each worker, both by a ring, which sends
-    ``2 (W - 1) / W`` of ``P`` from each worker; with a central server, as in the GIST authors'
-    release, worker 0 sends out and takes back the subnets of all others.
+    Under ``"gist"``, subnets of any method, workers exchange what changes hands: see
+    :class:`Traffic`. The others move the whole model: data parallel training sums the gradients of
+    all ``P`` after each of its ``m ζ / W`` steps, local SGD averages ``P`` once in ``ζ`` steps of
+    each worker, both by a ring, which sends ``2 (W - 1) / W`` of ``P`` from each worker; with a
+    central server, as in the GIST authors' release, worker 0 sends out and takes back the subnets
+    of all others.
 
     Args:
         spec: Partition spec of the model.

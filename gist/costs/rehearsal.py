@@ -1,103 +1,38 @@
-"""A run rehearsed on tensors without memory: its own code, counted instead of computed."""
+"""The rounds of a run, rehearsed: some of their subnets, on tensors without memory."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from gist.config import TrainConfig
-from gist.costs.tally import Tally, without_memory
+from gist.costs.stage import Stage
 from gist.execution.local import train_locally
+from gist.execution.objective import Objective
 from gist.execution.program import Program
 from gist.execution.rounds import RoundExecutor
 from gist.execution.serial import SerialExecutor
 from gist.execution.stacked import StackedExecutor
-from gist.graph.outline import OutlineObjective
-from gist.metrics import loss
-from gist.modes import keeps_modes
-from gist.partition.rules.registry import without_caches
-from gist.partition.spec import PartitionSpec, model_tensors
+from gist.partition.assignment import Assignment
+from gist.partition.spec import PartitionSpec
+from gist.partition.transfer import held_entries
 from gist.plan import RoundPlan
 
 
-class Stage:
-    """Where a run is rehearsed: everything that is made on it is counted.
+class Rehearsable(Objective, Protocol):
+    """The data side of a run on the stage, whose steps all see one batch."""
 
-    Attributes:
-        tally: What is alive on the stage.
-        device: The device that its tensors seem to be on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.tally = Tally()
-        self.device = device
-        self._mode = without_memory()
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """All tensors that are made are without memory: those of models, data and steps."""
-        with _disable_current_modes(), _Copying(), self._mode, self.tally:
-            yield
-
-    @contextmanager
-    def arranging(self) -> Iterator[None]:
-        """Tensors made of such without memory are so too; others, as indices of units, are real."""
-        before, self.tally.decides = self.tally.decides, False
-        try:
-            with _Copying(), self.tally:
-                yield
-        finally:
-            self.tally.decides = before
-
-    @contextmanager
-    def peak(self, peaks: dict[str, int], name: str) -> Iterator[None]:
-        """Raises ``peaks[name]`` to the most that is alive inside; apart from inner peaks."""
-        outer = self.tally.peak
-        self.tally.peak = self.tally.bytes
-        try:
-            yield
-        finally:
-            peaks[name] = max(peaks.get(name, 0), self.tally.peak)
-            self.tally.peak = max(outer, self.tally.bytes)
-
-    def outline(self, model: nn.Module) -> nn.Module:
-        """A copy of a model whose tensors are without memory."""
-        with self.computing(), without_caches(model):
-            memo: dict[int, Any] = {}
-            for tensor in model_tensors(model).values():
-                new: Tensor = torch.empty_like(tensor.detach(), device=self.device)
-                if isinstance(tensor, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                memo[id(tensor)] = new
-            return copy.deepcopy(model, memo)
-
-
-class _Copying(TorchFunctionMode):
-    """Copies tensors without memory, which torch's own deep copy takes for tensors with some."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
-            tensor, memo = args
-            if id(tensor) not in memo:
-                new: Tensor = tensor.detach().clone()
-                if isinstance(tensor, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                memo[id(tensor)] = new
-            return memo[id(tensor)]
-        return func(*args, **(kwargs or {}))
+    @property
+    def rebuilds(self) -> bool:
+        """Whether steps see batches that were made for them, and products with these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +60,58 @@ class Rounds:
     step_flops: dict[int, int]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Excerpt(Assignment):
+    """Some subnets of a round, numbered anew.
+
+    Attributes:
+        whole: The round, which says what units are shared.
+        chunks: The subnets, those that are trained at once together.
+    """
+
+    whole: Assignment
+    chunks: list[range]
+
+    @classmethod
+    def of(cls, whole: Assignment, chunks: Sequence[range]) -> _Excerpt:
+        """Those of some chunks."""
+        chosen = [subnet for chunk in chunks for subnet in chunk]
+        ends = accumulate(map(len, chunks), initial=0)
+        return cls(
+            round=whole.round,
+            sizes=whole.sizes,
+            held={group: tuple(deal[i] for i in chosen) for group, deal in whole.held.items()},
+            whole=whole,
+            chunks=[range(start, end) for start, end in pairwise(ends)],
+        )
+
+    @cached_property
+    def disjoint_groups(self) -> frozenset[str]:
+        """Groups in which no unit is held twice in the whole round."""
+        return self.whole.disjoint_groups
+
+    def holders(self, group: str, unit: int) -> list[int]:
+        """As of any assignment, without operations on tensors, which would be counted."""
+        return [i for i, units in enumerate(self._units[group]) if unit in units]
+
+    @cached_property
+    def _units(self) -> dict[str, list[set[int]]]:
+        return {group: [set(each.tolist()) for each in deal] for group, deal in self.held.items()}
+
+
 class _Rehearsing(RoundExecutor):
-    """Runs rounds of two steps on shapes; the second one finds the optimiser's state."""
+    """Runs rounds of two steps on shapes; the second one finds the optimiser's state.
+
+    Of chunks that do the same work, one or two stand for all.
+    """
 
     stage: Stage
     peaks: dict[str, int]
-    flops: int
-    objective: OutlineObjective
+    objective: Rehearsable
     _known: dict[Program, int]
     _turns: Counter[Program]
+    _flops: dict[Hashable, int]
+    _assignment: _Excerpt
 
     def rehearse(self, stage: Stage, plans: Iterable[RoundPlan]) -> Rounds:
         """Runs rounds one after the other.
@@ -147,14 +125,16 @@ class _Rehearsing(RoundExecutor):
         step_flops: dict[int, int] = {}
         taking_turns: set[Program] = set()
         for plan in plans:
-            self.flops = 0
             assignment = self.config.sampler_for()(
                 self.spec.sizes, plan.num_subnets, seed=self.config.seed, round=plan.index
             )
+            times = Counter(self._work(assignment, chunk) for chunk in self.chunks(assignment))
+            self._assignment = _Excerpt.of(assignment, self._representatives(assignment))
             self._turns.clear()
+            self._flops = {}
             with stage.arranging(), stage.peak(self.peaks, "arranging"):
-                self.run_round(plan, assignment)
-            step_flops[plan.num_subnets] = self.flops
+                self.run_round(plan, self._assignment)
+            step_flops[plan.num_subnets] = sum(times[w] * n for w, n in self._flops.items())
             taking_turns |= {program for program, turns in self._turns.items() if turns > 1}
         programs = list(self._programs.values())
         state = [_bytes(list(program.optimizer.state.values())) for program in programs]
@@ -170,11 +150,64 @@ class _Rehearsing(RoundExecutor):
             step_flops=step_flops,
         )
 
+    def chunks(self, assignment: Assignment) -> list[range]:
+        """Those of the executor; of an excerpt, its own."""
+        if isinstance(assignment, _Excerpt):
+            return assignment.chunks
+        return super().chunks(assignment)  # type: ignore[safe-super]  # of what it is mixed into
+
+    def _work(self, assignment: Assignment, chunk: range) -> Hashable:
+        """Equal for chunks that do the same work: blocks of a group differ in what they print."""
+        subnet = chunk[0]
+        blocks = Counter(
+            (group, str(self.model.get_submodule(path)))
+            for path, (group, unit) in self.spec.blocks.items()
+            if subnet in assignment.holders(group, unit)
+        )
+        widths = assignment.widths(subnet)
+        return len(chunk), frozenset(widths.items()), frozenset(blocks.items())
+
+    def _representatives(self, assignment: Assignment) -> list[range]:
+        """Chunks that take as much memory, and of all kinds of work, as all of the round."""
+        chunks = self.chunks(assignment)
+        if self.carried is not None:  # the states of all subnets are alive when the round ends
+            return chunks
+        alike: dict[Hashable, list[range]] = {}
+        for chunk in chunks:
+            alike.setdefault(self._work(assignment, chunk), []).append(chunk)
+        if not self.spec.blocks:
+            return sorted((c for same in alike.values() for c in same[:2]), key=lambda c: c[0])
+        return self._of_blocks(assignment, chunks, list(alike.values()))
+
+    def _of_blocks(
+        self, assignment: Assignment, chunks: list[range], alike: list[list[range]]
+    ) -> list[range]:
+        """One chunk of each kind, at least two, the largest last, as the last one's program stays.
+
+        Before them come chunks that hold blocks which are averaged, and which these do not hold.
+        """
+        entries = {
+            same[0]: held_entries(self.spec, assignment, same[0][0], self.tensors) for same in alike
+        }
+        ordered = sorted(alike, key=lambda same: entries[same[0]])
+        chosen = [same[0] for same in ordered] if len(ordered) > 1 else ordered[0][:2]
+        averaged = [b for b in self.spec.blocks.values() if b[0] not in assignment.disjoint_groups]
+
+        def held(chunk: range) -> set[tuple[str, int]]:
+            return {block for block in averaged if chunk[0] in assignment.holders(*block)}
+
+        seen = set().union(*map(held, chosen))
+        for chunk in chunks:
+            if not held(chunk) <= seen:
+                chosen.insert(0, chunk)
+                seen |= held(chunk)
+        return chosen
+
     def _train(self, program: Program, plan: RoundPlan, subnets: range) -> Tensor:
         if program not in self._known:
             self._known[program] = self._step_flops(program, plan, subnets)
         self._turns[program] += 1
-        self.flops += self._known[program]
+        self._flops[self._work(self._assignment, subnets)] = self._known[program]
         return torch.zeros(len(subnets))
 
     def _step_flops(self, program: Program, plan: RoundPlan, subnets: range) -> int:
@@ -205,7 +238,7 @@ def rehearse_rounds(
     stage: Stage,
     model: nn.Module,
     spec: PartitionSpec,
-    objective: OutlineObjective,
+    objective: Rehearsable,
     config: TrainConfig,
     plans: Iterable[RoundPlan],
     *,
@@ -230,38 +263,6 @@ def rehearse_rounds(
     if most is None:
         return _SerialRehearsal(*args).rehearse(stage, plans)
     return _StackedRehearsal(*args, most=most).rehearse(stage, plans)
-
-
-def rehearse_evaluation(
-    stage: Stage, model: nn.Module, objective: OutlineObjective, *, on_batch: bool = False
-) -> tuple[int, int]:
-    """Bytes that the scores of all nodes take while they are computed, and the operations.
-
-    What the graph keeps from then on, normalised matrices and products with the input, is made in
-    it and stays on the stage.
-
-    Args:
-        stage: Where the model and the objective are.
-        model: The whole model.
-        objective: The data side.
-        on_batch: Compute them batch by batch, rather than in one pass.
-    """
-    tally, data = stage.tally, objective.data
-    seen: tuple[Tensor, Any] = (data.x, data.adjacency)
-    if on_batch:
-        seen = (objective.batch.x, objective.batch.graph)
-    peaks: dict[str, int] = {}
-    with stage.computing(), torch.no_grad(), keeps_modes(model):
-        model.eval()
-        objective.scores(model, *seen)  # makes what stays
-        before, operations = tally.bytes, tally.flops
-        with stage.peak(peaks, "evaluation"):
-            every = data.x.new_empty(data.num_nodes if on_batch else 0, data.num_classes)
-            scores = objective.scores(model, *seen)
-            loss(data.task, scores, data.y[: len(scores)])
-            del every
-    batches = -(-data.num_nodes // len(seen[0]))
-    return peaks["evaluation"] - before, (tally.flops - operations) * batches
 
 
 def _bytes(values: Any) -> int:

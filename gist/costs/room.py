@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.filesize import decimal
 from torch import nn
 
 from gist.config import TrainConfig
-from gist.costs.estimate import Choice, NotPredictableError, RunOnStage
+from gist.costs.already import bytes_already
+from gist.costs.graph_run import GraphRun
+from gist.costs.run import Choice, NotPredictableError, RunOnStage
+from gist.costs.sample_run import SampleRun
 from gist.errors import ConfigError
 from gist.execution.allocator import GROWTH
 from gist.execution.comm import Comm
@@ -19,9 +24,16 @@ from gist.graph.inference import passes_messages
 from gist.graph.objective import GraphObjective
 from gist.graph.outline import OutlineObjective
 from gist.partition.spec import PartitionSpec, model_tensors
+from gist.samples.data import SampleData
+from gist.samples.loaders import first_batch
+from gist.samples.objective import SampleObjective
+from gist.samples.outline import OutlineSamples
 
 _COPIES = 20
 """More than the tensors of the size of the model, or of a layer's features, that a run ever has."""
+
+_COPIES_SCORED = 4
+"""Likewise of a layer's features, without a backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +57,7 @@ class Room:
 def find_room(
     model: nn.Module,
     spec: PartitionSpec,
-    objective: GraphObjective,
+    objective: GraphObjective | SampleObjective,
     config: TrainConfig,
     device: torch.device,
     *,
@@ -85,22 +97,15 @@ def find_room(
             expected=f"more than {decimal(in_use)}: this process, its libraries, model and data",
             remedy="raise memory_limit, or use store='disk' for the model",
         )
-    bound = in_use + _rough_bound(model, objective)
+    if isinstance(objective, GraphObjective):
+        bound = in_use + _bound_on_graph(model, objective)
+    else:
+        most = max(m for _, m in config.phases)
+        bound = in_use + _bound_on_samples(model, objective, most)
     if bound * GROWTH <= limit:
         return Room(needed=bound, limit=limit)
-    data = objective.data
-    there = [*data.tensors(), *model_tensors(model).values()]
     try:
-        run = RunOnStage(
-            model,
-            spec,
-            OutlineObjective.like(objective),
-            config,
-            device=device,
-            evaluation=objective.evaluation,
-            counted=sum(t.nbytes for t in there if t.device.type == device.type),
-            workers=comm.size if shards else 1,
-        )
+        run = _on_stage(model, spec, objective, config, device, comm.size if shards else 1)
         choice = run.choose()
     except NotPredictableError as error:
         say(f"not checked whether the run fits into memory: {error}")
@@ -111,11 +116,37 @@ def find_room(
         needed=choice.peak,
         limit=limit,
         most=choice.most if choice.limited else None,
-        evaluation=choice.evaluation_limit,
+        evaluation=choice.evaluation.may_take,
     )
 
 
-def _rough_bound(model: nn.Module, objective: GraphObjective) -> int:
+def _on_stage(
+    model: nn.Module,
+    spec: PartitionSpec,
+    objective: GraphObjective | SampleObjective,
+    config: TrainConfig,
+    device: torch.device,
+    workers: int,
+) -> RunOnStage[Any]:
+    data = objective.data
+    there = list(model_tensors(model).values())
+    if isinstance(objective, GraphObjective):
+        there += objective.data.tensors()
+    elif isinstance(data, SampleData):
+        there += [data.x, data.y]
+    given: dict[str, Any] = {
+        "device": device,
+        "counted": bytes_already(there, device),
+        "workers": workers,
+    }
+    if isinstance(objective, GraphObjective):
+        outline, how = OutlineObjective.like(objective), objective.evaluation
+        return GraphRun(model, spec, outline, config, evaluation=how, **given)
+    most = max(m for _, m in config.phases)
+    return SampleRun(model, spec, OutlineSamples.like(objective, most), config, **given)
+
+
+def _bound_on_graph(model: nn.Module, objective: GraphObjective) -> int:
     """More than a run takes: every tensor that it may ever make at once, and several times."""
     data = objective.data
     rows = data.num_nodes
@@ -127,8 +158,36 @@ def _rough_bound(model: nn.Module, objective: GraphObjective) -> int:
     return _COPIES * (parameters + rows * columns * data.x.element_size()) + 64 * data.num_edges
 
 
-def _too_large(run: RunOnStage, choice: Choice) -> ConfigError:
-    phase = max(choice.memory, key=lambda name: sum(choice.memory[name].values()))
+def _bound_on_samples(model: nn.Module, objective: SampleObjective, num_subnets: int) -> int:
+    """Likewise, with all subnets side by side; scores are computed without a backward pass."""
+    data, config, like = objective.data, objective.config, objective.data.example()
+    batch, scored, together = config.batch_size, config.eval_batch_size, 0
+    if isinstance(data, SampleData):
+        together = data.num_samples * (data.metric == "roc_auc")
+    else:
+        batch = len(first_batch(data.train)[0])
+        scored = max(batch, scored)
+    tensors = model_tensors(model).values()
+    parameters = sum(tensor.nbytes for tensor in tensors)
+    columns = data.num_classes + sum(max(t.shape, default=0) for t in tensors)
+    sample = math.prod(like.shape[1:]) + columns * _places(model, like.shape[1:])
+    rows = _COPIES * batch * num_subnets + _COPIES_SCORED * scored
+    kept = 2 * together * data.num_classes
+    return _COPIES * parameters + (rows * sample + kept) * like.element_size()
+
+
+def _places(model: nn.Module, shape: torch.Size) -> int:
+    """Places of a sample at which a layer may have columns: pixels of an image, or words of a text.
+
+    One, where a sample is a vector, or is made one by a network of matrices.
+    """
+    entries, weights = math.prod(shape), [tensor.shape for tensor in model.parameters()]
+    flat = all(len(each) < 3 for each in weights) and any(entries in each for each in weights)
+    return 1 if flat else entries // min(shape)
+
+
+def _too_large(run: RunOnStage[Any], choice: Choice) -> ConfigError:
+    phase = choice.peak_phase
     items = sorted(choice.memory[phase].items(), key=lambda item: -item[1])
     parts = ", ".join(
         f"{name.replace('_', ' ')} {decimal(size)}"

@@ -35,7 +35,9 @@ class Tally(LiveBytes):  # type: ignore[no-untyped-call]  # torch is untyped her
     for each edge of a product with a graph, be it by a sparse matrix or by gathering and scattering
     messages. All else is work of a lower order.
 
-    A mask without memory is taken to choose everything: the most that it can.
+    A mask without memory is taken to choose everything: the most that it can. A convolution is
+    taken to lay out what it reads and writes anew while it runs, as oneDNN does: at the peak that
+    is as much as the larger of input and output, and in the backward pass twice that.
 
     Attributes:
         flops: So far.
@@ -64,6 +66,8 @@ class Tally(LiveBytes):  # type: ignore[no-untyped-call]  # torch is untyped her
                 func, args, kwargs = _CHOOSING[packet](func, args, kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self.flops += flops_of(packet, args, kwargs, out)
+        if packet in _LAID_OUT_ANEW:
+            self.peak = max(self.peak, self.bytes + _LAID_OUT_ANEW[packet](out, *args))
         return out
 
 
@@ -125,3 +129,18 @@ _PER_EDGE: dict[Any, Callable[..., int]] = {
     aten.index_add_: _scattered,
 }
 """Entries of the messages that a product with a graph sums: ``E d``."""
+
+
+def _forward_layouts(out: Tensor, input: Tensor, *rest: Any) -> int:
+    return max(out.nbytes, input.nbytes)
+
+
+def _backward_layouts(out: Any, gradient: Tensor, input: Tensor, *rest: Any) -> int:
+    return 2 * max(gradient.nbytes, input.nbytes)
+
+
+_LAID_OUT_ANEW: dict[Any, Callable[..., int]] = {
+    aten.convolution: _forward_layouts,
+    aten.convolution_backward: _backward_layouts,
+}
+"""Bytes that an operation allocates and frees within its call."""

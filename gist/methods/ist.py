@@ -24,4 +24,4 @@ class ISTTrainer(SampleTrainer):
         data: As for :class:`SampleTrainer`, like everything else.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"optimizer": "sgd", "epochs": 20}
+    defaults: ClassVar[Mapping[str, Any]] = {"optimizer": "sgd", "lr": 0.1, "epochs": 20}

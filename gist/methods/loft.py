@@ -30,7 +30,12 @@ class LoFTTrainer(SampleTrainer):
         **settings: As for :class:`SampleTrainer`.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"optimizer": "sgd", "local_steps": 50, "epochs": 160}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "local_steps": 50,
+        "epochs": 160,
+    }
 
     @classmethod
     def wiring_for(cls, **own: Any) -> Wiring | None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gist.config import SampleConfig, TrainConfig, split_settings
+from gist.costs.room import Room, find_room
 from gist.errors import ConfigError
 from gist.execution.distributed import ShardedStore
 from gist.partition.wiring import Wiring
+from gist.plan import RoundPlan
 from gist.samples.data import SampleData
 from gist.samples.loader_data import LoaderData
 from gist.samples.objective import SampleObjective
 from gist.trainer import SubnetTrainer, device_of
 
-_STATISTICS_STEPS = 64
+STATISTICS_STEPS = 64
 """Batches that BatchNorm statistics are re-estimated on, at most: more hardly move the means."""
 
 
@@ -124,9 +127,28 @@ class SampleTrainer(SubnetTrainer):
         """Name of the data's metric."""
         return self.data.metric
 
-    @property
-    def _recalibration_steps(self) -> int:
-        return min(self.objective.steps_per_epoch, _STATISTICS_STEPS)
+    def _find_room(self) -> Room | None:
+        assert isinstance(self.objective, SampleObjective)
+        return find_room(
+            self.model,
+            self.spec,
+            self.objective,
+            self.config,
+            self.device,
+            comm=self.comm,
+            say=self._say,
+        )
+
+    def _statistics_batches(self, plan: RoundPlan) -> Iterable[Any]:
+        steps = min(self.objective.steps_per_epoch, STATISTICS_STEPS)
+        shards = plan.num_subnets if self.sample_config.shards else 1
+        seen = [
+            self.objective.batches(
+                seed=self.config.seed, round=plan.index, subnet=subnet, steps=-(-steps // shards)
+            )
+            for subnet in range(shards)
+        ]
+        return chain.from_iterable(seen)
 
     def settings(self) -> dict[str, Any]:
         """The settings of the run, of training and samples, as JSON values."""

@@ -92,6 +92,11 @@ class SampleData:
         """``"multiclass"`` or ``"multilabel"``."""
         return "multiclass" if self.y.dim() == 1 else "multilabel"
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether samples are bags of features."""
+        return is_csr(self.x)
+
     @cached_property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample as the model sees it."""

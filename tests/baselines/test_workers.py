@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.baselines import runs
 from tests.workers.spawn import run_workers
 
-pytestmark = pytest.mark.xdist_group("baselines")  # they share runs
+pytestmark = pytest.mark.xdist_group("workers")  # they share runs
 
 AVERAGED = [case for case in runs.CASES if case.startswith("data-parallel")]
 TO_ROUNDING = [*AVERAGED, "ensemble, stacked"]  # two stacked members are rounded as four are not

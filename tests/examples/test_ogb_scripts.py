@@ -14,7 +14,7 @@ import torch
 from gist import GraphShape, load_dataset
 from gist.catalog import cards
 from gist.catalog.cards import load_card
-from gist.experiment import MODEL_SETTINGS, build_model
+from gist.families.graphs import Graphs, build_model
 from gist.graph import datasets
 from gist.graph.generate import csbm
 from tests.ogb_layout import write_cards, write_ogb_layout
@@ -176,7 +176,7 @@ def test_the_full_model_has_the_parameters_of_ogbs(
 ):
     settings = getattr(scripts, script).BOARD.full | changes
     shape = GraphShape(num_nodes=1, num_edges=0, num_features=features, num_classes=classes)
-    model = build_model(shape, **{k: settings[k] for k in MODEL_SETTINGS if k in settings})
+    model = build_model(shape, **{k: settings[k] for k in Graphs.model_settings if k in settings})
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 

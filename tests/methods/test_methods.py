@@ -90,20 +90,11 @@ def test_it_merges_by_the_rule(name):
 @each
 def test_it_plans(name):
     trainer, case = make(name), CASES[name]
-    settings = {"rounds": 4, "local_steps": 3, **case.settings}
-    kind = type(trainer)
-    if case.data == "graph":
-        costs = estimate_costs(case.model(), DATA[case.data], workers=2, **settings)
-    else:
-        wiring, config, samples = kind.choose({"batch_size": 16, **settings})
-        costs = estimate_costs(
-            case.model(),
-            DATA[case.data],
-            wiring=wiring,
-            workers=2,
-            config=config,
-            **vars(samples),
-        )
+    more = {}
+    if case.data != "graph":
+        more["wiring"], _, samples = type(trainer).choose(case.settings)
+        more |= vars(samples)
+    costs = estimate_costs(case.model(), DATA[case.data], workers=2, config=trainer.config, **more)
     whole = sum(p.numel() for p in trainer.model.parameters())
     assert costs.num_parameters == whole
     assert 0 < costs.parameters_per_subnet <= whole

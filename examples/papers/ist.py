@@ -1,0 +1,61 @@
+"""Accuracy of IST on MNIST or another data set of samples, against whole models on one budget.
+
+The IST paper (Yuan et al., VLDB 2022) has fully connected networks of 2 layers, 4,096 wide, and of
+3 layers, 8,192 wide, on Google Speech Commands; its final accuracies at 8 workers stand beside.
+
+    python examples/papers/ist.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gist.experiment import Experiment
+from runs import options, run, show, start
+
+PAPER = {
+    (2, "data-parallel", 8): 79.38,
+    (2, "local-sgd", 8): 79.98,
+    (2, "ist", 8): 81.53,
+    (3, "data-parallel", 8): 79.50,
+    (3, "local-sgd", 8): 79.92,
+    (3, "ist", 8): 83.27,
+}
+"""Table of the paper, Google Speech Commands: accuracy in percent by layers, method and workers."""
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = options(__doc__)
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--subnets", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument(
+        "--networks", nargs="+", default=["2x4096", "3x8192"], help="LAYERSxWIDTH of each network"
+    )
+    parsed = parser.parse_args()
+    if parsed.quick:
+        parsed.dataset, parsed.seeds, parsed.subnets = "digits-images", 1, [2]
+        parsed.networks, parsed.epochs = ["2x64", "3x64"], parsed.epochs or 8.0
+    start(parsed)
+    rows = []
+    data: Any = None
+    for network in parsed.networks:
+        layers, width = map(int, network.split("x"))
+        runs = [("full", 1)] + [
+            (method, m) for method in ("data-parallel", "local-sgd", "ist") for m in parsed.subnets
+        ]
+        for method, m in runs:
+            settings: dict[str, Any] = {"layers": layers, "hidden": width, "progress": False}
+            if method != "full":
+                settings["num_subnets"] = m
+            if parsed.epochs is not None:
+                settings["epochs"] = parsed.epochs
+            experiment = Experiment(dataset=parsed.dataset, method=method, settings=settings)
+            data = experiment.load_data() if data is None else data
+            row, _ = run(experiment, data, seeds=parsed.seeds, paper=PAPER.get((layers, method, m)))
+            rows.append({**row, "model": network})
+    show(parsed, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What the paper-table scripts share: runs by name over several seeds, as rows of a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+
+from gist.experiment import Experiment, plan_run
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from tables import Row, finish
+
+COLUMNS = (
+    "model",
+    "method",
+    "subnets",
+    "test_metric",
+    "test_std",
+    "last_test_metric",
+    "seconds",
+    "bytes_per_round",
+    "paper",
+)
+
+_SCHEMES = {"local-sgd": "local_sgd", "data-parallel": "data_parallel"}
+"""Names of baselines in a plan's exchange; all others are those of subnets."""
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every table has."""
+    parser = argparse.ArgumentParser(
+        description=(description or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--quick", action="store_true", help="digits and small models: a minute")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=float, help="the budget")
+    return parser
+
+
+def run(
+    experiment: Experiment, data: Any, *, seeds: int, paper: float | None = None
+) -> tuple[Row, list[Any]]:
+    """Trains with several seeds; a row, and the trainers.
+
+    Bytes are those that as many workers as subnets would exchange in a round, by the plan.
+    """
+    summaries, trainers = [], []
+    for seed in range(seeds):
+        one = Experiment(
+            dataset=experiment.dataset,
+            method=experiment.method,
+            data_options=experiment.data_options,
+            settings=experiment.settings,
+            seed=seed,
+        )
+        trainer = one.trainer(data)
+        summaries.append(one.summary(trainer, trainer.fit()))
+        trainers.append(trainer)
+    m = trainers[0].config.phases[0][1]
+    tests = [each["test_metric"] for each in summaries]
+    row = {
+        "model": summaries[0]["model"],
+        "method": experiment.method,
+        "subnets": m,
+        "test_metric": 100 * mean(tests),
+        "test_std": 100 * stdev(tests) if seeds > 1 else 0.0,
+        "last_test_metric": 100 * mean(each["last_test_metric"] for each in summaries),
+        "seconds": median(each["seconds"] for each in summaries),
+        "bytes_per_round": bytes_per_round(experiment, m),
+        "paper": paper,
+    }
+    print(
+        f"{row['model']}, {row['method']}, m = {m}: {row['test_metric']:.2f} ± "
+        f"{row['test_std']:.2f}%, {row['seconds']:.1f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    return row, trainers
+
+
+def bytes_per_round(experiment: Experiment, workers: int) -> int:
+    """What ``workers`` exchange in a round, all together; nothing for one."""
+    if workers == 1:
+        return 0
+    method = experiment.method or ""
+    planned = plan_run(
+        experiment.dataset,
+        method="local-sgd" if method in _SCHEMES else method,
+        data_options=experiment.data_options,
+        settings={**experiment.settings, "rounds": 2, "epochs": None},
+        workers=workers,
+    )
+    return planned.exchange[_SCHEMES.get(method, "gist")].total
+
+
+def show(parsed: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """Prints the table, and writes it where asked to."""
+    finish(parsed, list(rows), COLUMNS)
+
+
+def start(parsed: argparse.Namespace) -> None:
+    """Sets the number of threads."""
+    torch.set_num_threads(parsed.threads)

@@ -1,0 +1,215 @@
+"""Experiments on independent samples: IST, ResIST, LoFT, and reference networks for images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import gist.nn as networks
+from gist.baselines.data_parallel import SampleDataParallelTrainer
+from gist.catalog.records import SampleCard
+from gist.config import SampleConfig, TrainConfig
+from gist.costs.costs import Costs
+from gist.costs.estimate import estimate_costs
+from gist.datasets import find_card
+from gist.errors import ConfigError
+from gist.families.family import WHOLE, Family, Settings
+from gist.methods import ISTTrainer, LoFTTrainer, ResISTTrainer, SampleTrainer
+from gist.partition.streams import seeded
+from gist.samples.data import SampleData
+from gist.samples.outline import SampleShape
+from gist.trainer import SubnetTrainer
+
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "preact-resnet18": networks.preact_resnet18,
+    "preact-resnet20": networks.preact_resnet20,
+    "preact-resnet34": networks.preact_resnet34,
+    "preact-resnet101": networks.preact_resnet101,
+    "preact-resnet152": networks.preact_resnet152,
+    "preact-resnet200": networks.preact_resnet200,
+    "vgg11": networks.vgg11,
+    "vgg13": networks.vgg13,
+    "vgg16": networks.vgg16,
+}
+
+_TRAINERS: dict[str, type[SampleTrainer]] = {
+    "ist": ISTTrainer,
+    "resist": ResISTTrainer,
+    "loft": LoFTTrainer,
+}
+
+_MODELS = {"ist": "mlp", "resist": "preact-resnet20", "loft": "preact-resnet20"}
+"""What a method trains where neither settings nor card say it."""
+
+
+class Samples(Family):
+    """See :class:`~gist.families.family.Family`."""
+
+    methods = tuple(_TRAINERS)
+    baselines = ("local-sgd", "data-parallel")
+    models = ("mlp", *_NETWORKS)
+    model_settings = ("model", "hidden", "layers", "norm", "dropout")
+    data_config = SampleConfig
+    plannable = (*_TRAINERS, "full", "local-sgd")
+
+    def method_for(self, dataset: str, settings: Mapping[str, Any]) -> str:
+        """See :meth:`Family.method_for`: what the model is made for; else the card's first."""
+        return self._base("", dataset, settings)
+
+    def _base(self, method: str, dataset: str, settings: Mapping[str, Any]) -> str:
+        """The subnet training whose settings and trainer a method takes."""
+        if method in _TRAINERS:
+            return method
+        model = settings.get("model")
+        if model is None:
+            known = self._card(dataset).settings
+            return next(iter(known), "ist")
+        if model == "mlp":
+            return "ist"
+        return "loft" if model.startswith("vgg") else "resist"
+
+    @staticmethod
+    def _card(dataset: str) -> SampleCard:
+        card = find_card(dataset)
+        assert isinstance(card, SampleCard), "graphs are of another family"
+        return card
+
+    def defaults(self, dataset: str, method: str, settings: Mapping[str, Any]) -> Settings:
+        """See :meth:`Family.defaults`: from the card where the model is the card's."""
+        subnets = settings.get("num_subnets", TrainConfig.num_subnets)
+        most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
+        base = self._base(method, dataset, settings)
+        chosen = self._card(dataset).settings_for(base, 1 if method in WHOLE else most)
+        chosen.setdefault("model", _MODELS[base])
+        if settings.get("model", chosen["model"]) != chosen["model"]:
+            chosen = {name: chosen[name] for name in chosen.keys() - {"hidden", "layers"}}
+        if "rounds" in settings:
+            chosen.pop("epochs", None)
+        return {**chosen, "num_subnets": subnets}
+
+    def adapt(self, method: str, settings: Settings) -> Settings:
+        """See :meth:`Family.adapt`: replicas that saw the same batches would be one model."""
+        if method == "local-sgd" and settings.get("executor") != "stacked":
+            settings = {"shared_batches": False, **settings}
+        return super().adapt(method, settings)
+
+    def build_model(self, data: Any, *, seed: int = 0, **settings: Any) -> nn.Module:
+        """See :func:`build_model`."""
+        return build_model(data, seed=seed, **settings)
+
+    def make_trainer(
+        self, method: str, model: nn.Module, data: Any, settings: Settings
+    ) -> SubnetTrainer:
+        """See :meth:`Family.make_trainer`."""
+        kind = _kind(method, model)
+        if method == "data-parallel":
+            return SampleDataParallelTrainer(model, data, **{**kind.defaults, **settings})
+        return kind(model, data, **settings)
+
+    def training_config(self, method: str, settings: Mapping[str, Any]) -> TrainConfig:
+        """See :meth:`Family.training_config`."""
+        _, given = self.split_model_settings(settings)
+        base = self._base(method, "", {"model": settings["model"]})
+        return _TRAINERS[base].choose(given)[1]
+
+    def plan(
+        self, shape: Any, method: str, settings: Settings, *, workers: int, device: str
+    ) -> Costs:
+        """See :meth:`Family.plan`."""
+        model_settings, given = self.split_model_settings(settings)
+        with torch.device("meta"):
+            model = build_model(shape, seed=settings["seed"], **model_settings)
+        wiring, config, samples = _kind(method, model).choose(given)
+        return estimate_costs(
+            model,
+            shape,
+            wiring=wiring,
+            workers=workers,
+            device=device,
+            config=config,
+            **vars(samples),
+        )
+
+    def shape_of(
+        self, dataset: str | None, options: Mapping[str, Any], sizes: Mapping[str, Any]
+    ) -> SampleShape:
+        """See :meth:`Family.shape_of`."""
+        assert dataset is not None, "sizes without a name are those of a graph"
+        if sizes:
+            raise ConfigError(
+                "these are sizes of a graph",
+                got=", ".join(sizes),
+                remedy="leave them out: the sizes are those of the dataset",
+            )
+        return SampleShape.of_card(self._card(dataset))
+
+
+def _kind(method: str, model: nn.Module) -> type[SampleTrainer]:
+    """The trainer of a method; for baselines that of what the model is made for."""
+    if method in _TRAINERS:
+        return _TRAINERS[method]
+    if isinstance(model, networks.MLP):
+        return ISTTrainer
+    return ResISTTrainer if isinstance(model, networks.PreActResNet) else LoFTTrainer
+
+
+def build_model(
+    data: SampleData | SampleShape,
+    *,
+    model: str = "mlp",
+    hidden: int | None = None,
+    layers: int | None = None,
+    norm: str | None = "batch",
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> nn.Module:
+    """A reference network for samples, initialised from ``seed`` alone.
+
+    Args:
+        data: The samples, or their shape.
+        model: ``"mlp"``, or the name of a convolutional network.
+        hidden: Width of every hidden layer, 1,024 by default; of the first stage of a convolutional
+            network, whose other stages keep their ratio to it.
+        layers: Linear layers of an MLP, 2 by default.
+        norm: Of an MLP: ``"batch"``, ``"layer"`` or None.
+        dropout: Of an MLP.
+        seed: See above.
+
+    Raises:
+        ConfigError: the model is unknown, cannot be of that size, or is one of images.
+    """
+    if model not in Samples.models:
+        raise ConfigError("unknown model", got=repr(model), expected=" or ".join(Samples.models))
+    for name, value in (("hidden", hidden), ("layers", layers)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1", got=value)
+    if not 0 <= dropout < 1:
+        raise ConfigError("dropout must be in [0, 1)", got=dropout)
+    shape, classes = data.sample_shape, data.num_classes
+    with seeded("model", seed):
+        if model == "mlp":
+            return networks.MLP(
+                math.prod(shape),
+                hidden or 1024,
+                classes,
+                layers,
+                dropout=dropout,
+                norm=norm,  # type: ignore[arg-type]  # checked there
+                input="bag" if data.is_sparse else "dense",
+            )
+        unused = {"layers": layers, "dropout": dropout or None, "norm": norm != "batch" or None}
+        if refused := [name for name, value in unused.items() if value is not None]:
+            raise ConfigError(f"only an mlp has {', '.join(refused)}", got=f"model={model!r}")
+        if len(shape) != 3:
+            raise ConfigError(
+                f"{model} takes images",
+                got=f"samples of shape {shape}",
+                expected="[channels, height, width]",
+                remedy="use model='mlp'",
+            )
+        scale = {} if hidden is None else {"base": hidden}
+        return _NETWORKS[model](classes, in_channels=shape[0], **scale)
