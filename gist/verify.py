@@ -19,7 +19,7 @@ from gist.partition.grouped.model import group_model
 from gist.partition.rules.registry import rule_of, without_caches
 from gist.partition.samplers import DisjointUniform
 from gist.partition.spec import PartitionSpec, model_tensors
-from gist.partition.streams import seeded
+from gist.partition.streams import seeded, stream
 from gist.partition.subnet import Absent, build_subnet
 from gist.partition.transfer import Selection, extract, gather, merge, scatter_
 from gist.partition.wiring import Wiring, partition_spec
@@ -316,7 +316,11 @@ def small_model(model: nn.Module, spec: PartitionSpec, seed: int = 0) -> nn.Modu
     trial = copy.deepcopy(model) if without_memory else model
     if narrow:
         parts = max(1, min(spec.sizes.values()) // _FEW_UNITS)
-        assignment = DisjointUniform()(spec.sizes, parts, seed=seed, round=0)
+        held = {}
+        for group, size in spec.sizes.items():
+            units = torch.randperm(size, generator=stream("small model", seed, group))
+            held[group] = (units[: size // parts].sort().values,)
+        assignment = Assignment(round=0, sizes=spec.sizes, held=held)
         trial = build_subnet(
             model, spec, assignment, 0, width_correction=False, filled=not without_memory
         )

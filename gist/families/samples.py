@@ -211,5 +211,5 @@ def build_model(
                 expected="[channels, height, width]",
                 remedy="use model='mlp'",
             )
-        scale = {} if hidden is None else {"base": hidden}
+        scale = {} if hidden is None else {"width": hidden}
         return _NETWORKS[model](classes, in_channels=shape[0], **scale)

@@ -189,32 +189,36 @@ def _stem(stem: str, in_channels: int, channels: int) -> nn.Module:
     raise ConfigError("unknown stem", got=repr(stem), expected="cifar or imagenet")
 
 
-def preact_resnet18(num_classes: int = 10, **kwargs: Any) -> PreActResNet:
-    """Four stages of 2, 2, 2 and 2 basic blocks."""
-    return PreActResNet((2, 2, 2, 2), block="basic", num_classes=num_classes, **kwargs)
+def _doubling(width: int, num_blocks: Sequence[int], **kwargs: Any) -> PreActResNet:
+    """From stage to stage twice as many filters."""
+    return PreActResNet(num_blocks, [width * 2**i for i in range(len(num_blocks))], **kwargs)
 
 
-def preact_resnet20(num_classes: int = 10, **kwargs: Any) -> PreActResNet:
+def preact_resnet18(num_classes: int = 10, width: int = 64, **kwargs: Any) -> PreActResNet:
+    """Four stages of 2, 2, 2 and 2 basic blocks, ``width`` to 8 ``width`` wide."""
+    return _doubling(width, (2, 2, 2, 2), block="basic", num_classes=num_classes, **kwargs)
+
+
+def preact_resnet20(num_classes: int = 10, width: int = 16, **kwargs: Any) -> PreActResNet:
     """Three stages of 3 basic blocks, 16, 32 and 64 wide: He et al.'s smallest for CIFAR."""
-    widths = (16, 32, 64)
-    return PreActResNet((3, 3, 3), widths, block="basic", num_classes=num_classes, **kwargs)
+    return _doubling(width, (3, 3, 3), block="basic", num_classes=num_classes, **kwargs)
 
 
-def preact_resnet34(num_classes: int = 10, **kwargs: Any) -> PreActResNet:
-    """Four stages of 3, 4, 6 and 3 basic blocks."""
-    return PreActResNet((3, 4, 6, 3), block="basic", num_classes=num_classes, **kwargs)
+def preact_resnet34(num_classes: int = 10, width: int = 64, **kwargs: Any) -> PreActResNet:
+    """Four stages of 3, 4, 6 and 3 basic blocks, ``width`` to 8 ``width`` wide."""
+    return _doubling(width, (3, 4, 6, 3), block="basic", num_classes=num_classes, **kwargs)
 
 
-def preact_resnet101(num_classes: int = 10, **kwargs: Any) -> PreActResNet:
-    """Four stages of 3, 4, 23 and 3 bottlenecks."""
-    return PreActResNet((3, 4, 23, 3), num_classes=num_classes, **kwargs)
+def preact_resnet101(num_classes: int = 10, width: int = 64, **kwargs: Any) -> PreActResNet:
+    """Four stages of 3, 4, 23 and 3 bottlenecks, ``width`` to 8 ``width`` wide."""
+    return _doubling(width, (3, 4, 23, 3), num_classes=num_classes, **kwargs)
 
 
-def preact_resnet152(num_classes: int = 10, **kwargs: Any) -> PreActResNet:
+def preact_resnet152(num_classes: int = 10, width: int = 64, **kwargs: Any) -> PreActResNet:
     """Four stages of 3, 4, 36 and 3 bottlenecks, as ResIST has them (He et al.: 3, 8, 36, 3)."""
-    return PreActResNet((3, 4, 36, 3), num_classes=num_classes, **kwargs)
+    return _doubling(width, (3, 4, 36, 3), num_classes=num_classes, **kwargs)
 
 
-def preact_resnet200(num_classes: int = 10, **kwargs: Any) -> PreActResNet:
+def preact_resnet200(num_classes: int = 10, width: int = 64, **kwargs: Any) -> PreActResNet:
     """Four stages of 3, 4, 50 and 3 bottlenecks, as ResIST has them (He et al.: 3, 24, 36, 3)."""
-    return PreActResNet((3, 4, 50, 3), num_classes=num_classes, **kwargs)
+    return _doubling(width, (3, 4, 50, 3), num_classes=num_classes, **kwargs)

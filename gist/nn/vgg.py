@@ -50,19 +50,21 @@ class VGG(nn.Sequential):
         self.head = nn.Linear(channels, num_classes)
 
 
-def vgg11(num_classes: int = 10, **kwargs: Any) -> VGG:
-    """Eight convolutions (configuration A)."""
-    widths = ((64,), (128,), (256, 256), (512, 512), (512, 512))
-    return VGG(widths, num_classes=num_classes, **kwargs)
+def vgg11(num_classes: int = 10, width: int = 64, **kwargs: Any) -> VGG:
+    """Eight convolutions (configuration A), ``width`` to 8 ``width`` wide."""
+    return _stages(width, (1, 1, 2, 2, 2), num_classes=num_classes, **kwargs)
 
 
-def vgg13(num_classes: int = 10, **kwargs: Any) -> VGG:
-    """Ten convolutions (configuration B)."""
-    widths = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
-    return VGG(widths, num_classes=num_classes, **kwargs)
+def vgg13(num_classes: int = 10, width: int = 64, **kwargs: Any) -> VGG:
+    """Ten convolutions (configuration B), ``width`` to 8 ``width`` wide."""
+    return _stages(width, (2, 2, 2, 2, 2), num_classes=num_classes, **kwargs)
 
 
-def vgg16(num_classes: int = 10, **kwargs: Any) -> VGG:
-    """Thirteen convolutions (configuration D)."""
-    widths = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-    return VGG(widths, num_classes=num_classes, **kwargs)
+def vgg16(num_classes: int = 10, width: int = 64, **kwargs: Any) -> VGG:
+    """Thirteen convolutions (configuration D), ``width`` to 8 ``width`` wide."""
+    return _stages(width, (2, 2, 3, 3, 3), num_classes=num_classes, **kwargs)
+
+
+def _stages(width: int, counts: Sequence[int], **kwargs: Any) -> VGG:
+    """So many convolutions in each stage; widths double up to the fourth."""
+    return VGG([[width * min(2**i, 8)] * count for i, count in enumerate(counts)], **kwargs)

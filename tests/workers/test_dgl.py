@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.workers.dgl_net import Net, train
 from tests.workers.spawn import run_workers
 
 
+@pytest.mark.xdist_group("workers")
 def test_two_workers_give_the_bits_of_one_process(tmp_path: Path):
     path = tmp_path / "model.pt"
     run_workers("dgl_net.py", str(path), workers=2)

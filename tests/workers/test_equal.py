@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from functools import cache
@@ -19,15 +18,16 @@ from tests.workers.spawn import run_workers
 
 Runs = dict[str, dict[str, Any]]
 
-pytestmark = pytest.mark.xdist_group("equal")  # they share runs
+pytestmark = pytest.mark.xdist_group("workers")  # they share runs
+
+SLOW = pytest.mark.slow
+WORKERS = [pytest.param(1, marks=SLOW), 2, 3, pytest.param(4, marks=SLOW)]
 
 
 @pytest.fixture(scope="module")
 def alone() -> Runs:
     """What one process gets."""
-    gc.freeze()  # every run collects garbage: not among all objects of libraries
     found: Runs = json.loads(json.dumps({name: equal.outcome(name) for name in CASES}))
-    gc.unfreeze()
     return found
 
 
@@ -45,7 +45,7 @@ def on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Runs]:
     return runs
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_weights_and_history_are_those_of_one_process(
     alone: Runs, on: Callable[[int], Runs], workers: int
 ):
@@ -56,7 +56,7 @@ def test_weights_and_history_are_those_of_one_process(
     assert len({each["weights"] for each in got.values()}) == len(got), "cases are different runs"
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_counted_bytes_equal_the_formula(on: Callable[[int], Runs], workers: int):
     for name, found in on(workers).items():
         run = make(name)
@@ -81,7 +81,7 @@ def test_counted_bytes_equal_the_formula(on: Callable[[int], Runs], workers: int
 
 @pytest.mark.parametrize("state", ["reset", "carry"])
 def test_the_plan_promises_the_bytes_of_the_second_round(on: Callable[[int], Runs], state: str):
-    name = f"csbm sage m=4 {state}"
+    name = f"csbm sage m={4 if state == 'reset' else 8} {state}"
     second = [rank[1] for rank in on(2)[name]["bytes"]]
     data = DATA["csbm"]
     model = MODELS["sage"](data.num_features, 16, data.num_classes)

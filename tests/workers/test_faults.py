@@ -77,7 +77,7 @@ def test_killed_workers_change_nothing(undisturbed: str, tmp_path: Path):
     done = torchrun(
         "faults.py",
         settings(out=tmp_path / "run", result=result, kill=kill),
-        workers=3,
+        workers=2,
         max_restarts=2,
     )
     assert "round 3 of attempt 1 is over" in done.stdout
@@ -92,9 +92,9 @@ def test_two_agents_restart_together(undisturbed: str, tmp_path: Path):
     port = listener.getsockname()[1]
     listener.close()
     result = tmp_path / "digest"
-    given = settings(out=tmp_path / "run", result=result, kill=[[0, 3, 2]])
+    given = settings(out=tmp_path / "run", result=result, kill=[[0, 1, 2]])
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two"),
         *("--local-addr=127.0.0.1", "--max-restarts=2", "--monitor-interval=0.1"),
         *(str(SCRIPTS / "faults.py"), given),
@@ -116,7 +116,7 @@ def test_two_agents_restart_together(undisturbed: str, tmp_path: Path):
     assert result.read_text() == undisturbed
 
 
-@pytest.mark.xdist_group("halfway")
+@pytest.mark.xdist_group("workers")
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_run_goes_on_with_other_numbers_of_workers(
     halfway: Path, undisturbed: str, workers: int, tmp_path: Path
@@ -126,13 +126,14 @@ def test_a_run_goes_on_with_other_numbers_of_workers(
     assert (tmp_path / "digest").read_text() == undisturbed
 
 
-@pytest.mark.xdist_group("halfway")
+@pytest.mark.xdist_group("workers")
 def test_a_run_of_workers_goes_on_in_one_process(halfway: Path, undisturbed: str):
     run = faults.trainer()
     run.fit(resume=halfway)
     assert digest(run.model) == undisturbed
 
 
+@pytest.mark.xdist_group("workers")
 def test_a_run_of_one_process_goes_on_with_workers(undisturbed: str, tmp_path: Path):
     run = faults.trainer(
         out=tmp_path / "run", checkpoint_every=1, callbacks=(lambda _, r: r.round == 2,)
@@ -143,7 +144,7 @@ def test_a_run_of_one_process_goes_on_with_workers(undisturbed: str, tmp_path: P
     assert (tmp_path / "digest").read_text() == undisturbed
 
 
-@pytest.mark.xdist_group("halfway")
+@pytest.mark.xdist_group("workers")
 def test_every_rank_wrote_its_part(halfway: Path):
     checkpoint = load_checkpoint(halfway)
     assert checkpoint.folder.name == "round-000003"
@@ -154,7 +155,7 @@ def test_every_rank_wrote_its_part(halfway: Path):
         assert max(sizes) < 0.5 * sum(sizes)
 
 
-@pytest.mark.xdist_group("halfway")
+@pytest.mark.xdist_group("workers")
 def test_a_checkpoint_cut_short_anywhere_is_passed_over(halfway: Path, tmp_path: Path):
     newest = load_checkpoint(halfway).folder
     for file in sorted(newest.iterdir()):
@@ -169,7 +170,7 @@ def test_a_checkpoint_cut_short_anywhere_is_passed_over(halfway: Path, tmp_path:
             shutil.rmtree(copy)
 
 
-@pytest.mark.xdist_group("halfway")
+@pytest.mark.xdist_group("workers")
 def test_a_write_that_was_interrupted_is_no_checkpoint(halfway: Path, tmp_path: Path):
     copy = tmp_path / "run"
     shutil.copytree(halfway, copy)
@@ -179,6 +180,7 @@ def test_a_write_that_was_interrupted_is_no_checkpoint(halfway: Path, tmp_path: 
         load_checkpoint(copy)
 
 
+@pytest.mark.xdist_group("workers")
 @pytest.mark.parametrize("lost", [0, 2])
 def test_the_others_name_the_worker_that_died(lost: int):
     listener = listen("127.0.0.1")
@@ -195,7 +197,7 @@ def test_the_others_name_the_worker_that_died(lost: int):
             assert f"WorkerLostError: rank {rank} stops, because rank {lost} is gone" in done.stderr
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_sigterm_ends_the_round_and_keeps_it(workers: int, undisturbed: str, tmp_path: Path):
     out = tmp_path / "run"
     script = [str(SCRIPTS / "faults.py"), settings(out=out, slow=0.3)]
@@ -217,6 +219,7 @@ def test_sigterm_ends_the_round_and_keeps_it(workers: int, undisturbed: str, tmp
     assert digest(run.model) == undisturbed
 
 
+@pytest.mark.xdist_group("workers")
 def test_workers_that_differ_are_refused():
     ended = run_workers("odd.py", workers=2)
     for what, named in (

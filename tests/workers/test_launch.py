@@ -33,11 +33,14 @@ def gist(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_workers_leave_behind_what_one_process_does(tmp_path: Path):
-    for folder, more in (("alone", []), ("two", ["--workers", "2"])):
-        out = ["--out", str(tmp_path / folder), "--json", str(tmp_path / f"{folder}.json")]
-        done = gist(*TRAIN, *more, *out)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("test") == 1, "one worker reports for all"
+    alone, two = (
+        ["--out", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")]
+        for name in ("alone", "two")
+    )
+    assert CliRunner().invoke(app, [*TRAIN, *alone]).exit_code == 0
+    done = gist(*TRAIN, "--workers", "2", *two)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("test") == 1, "one worker reports for all"
     alone, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "two"))
     assert (alone["workers"], two["workers"]) == (1, 2)
     assert two["bytes_sent"] > 0
@@ -130,6 +133,7 @@ def test_sigterm_is_left_alone_where_nothing_is_kept():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.xdist_group("workers")
 def test_a_script_goes_on_after_a_distributed_run(tmp_path: Path):
     ended = run_workers("after.py", str(tmp_path), workers=2)
     assert all(f"OK {rank}" in done.stdout.split("\n") for rank, done in enumerate(ended))

@@ -7,8 +7,11 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.workers.spawn import run_workers
+
+pytestmark = pytest.mark.xdist_group("workers")
 
 FRESH = """
 import json, os, random, sys
