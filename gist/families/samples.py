@@ -107,7 +107,7 @@ class Samples(Family):
         """See :meth:`Family.make_trainer`."""
         kind = _kind(method, model)
         if method == "data-parallel":
-            return SampleDataParallelTrainer(model, data, **{**kind.defaults, **settings})
+            return SampleDataParallelTrainer(model, data, **kind.with_defaults(settings))
         return kind(model, data, **settings)
 
     def training_config(self, method: str, settings: Mapping[str, Any]) -> TrainConfig:

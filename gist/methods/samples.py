@@ -99,9 +99,7 @@ class SampleTrainer(SubnetTrainer):
         if config is None:
             if sample_config.shards:
                 training.setdefault("shared_batches", False)
-            if training.get("rounds") is not None:
-                training.setdefault("epochs", None)
-            config = TrainConfig.from_settings({**cls.defaults, **training})
+            config = TrainConfig.from_settings(cls.with_defaults(training))
         if sample_config.shards and (config.shared_batches or len(config.phases) > 1):
             raise ConfigError(
                 "each of a fixed number of subnets has a shard, and batches of its own from it",
@@ -111,6 +109,12 @@ class SampleTrainer(SubnetTrainer):
             )
         own = {name: settings[name] for name in cls.own_settings if name in settings}
         return cls.wiring_for(**own), cls.adapt(config, **own), sample_config
+
+    @classmethod
+    def with_defaults(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings, and the method's defaults where they are left open."""
+        given = {} if settings.get("rounds") is None else {"epochs": None}
+        return {**cls.defaults, **given, **settings}
 
     @classmethod
     def wiring_for(cls, **own: Any) -> Wiring | None:
