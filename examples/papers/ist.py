@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from gist.experiment import Experiment
-from runs import options, run, show, start
+from runs import options, run, settings, show, start
 
 PAPER = {
     (2, "data-parallel", 8): 79.38,
@@ -45,12 +45,11 @@ def main() -> None:
             (method, m) for method in ("data-parallel", "local-sgd", "ist") for m in parsed.subnets
         ]
         for method, m in runs:
-            settings: dict[str, Any] = {"layers": layers, "hidden": width, "progress": False}
-            if method != "full":
-                settings["num_subnets"] = m
-            if parsed.epochs is not None:
-                settings["epochs"] = parsed.epochs
-            experiment = Experiment(dataset=parsed.dataset, method=method, settings=settings)
+            experiment = Experiment(
+                dataset=parsed.dataset,
+                method=method,
+                settings=settings(parsed, method, m, layers=layers, hidden=width),
+            )
             data = experiment.load_data() if data is None else data
             row, _ = run(experiment, data, seeds=parsed.seeds, paper=PAPER.get((layers, method, m)))
             rows.append({**row, "model": network})

@@ -10,14 +10,13 @@ and trained anew show what the chosen filters are worth.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 
-from gist import LoFTTrainer, find_ticket
+from gist import LoFTTrainer, find_ticket, partition_spec, wire_filters
 from gist.experiment import Experiment
-from runs import options, run, show, start
+from runs import options, run, settings, show, start
 
 PAPER = {
     (1, 0.0): 93.51,
@@ -50,17 +49,11 @@ def main() -> None:
     rows = []
     data: Any = None
     for method, m in [("full", 1), *(("loft", m) for m in parsed.subnets)]:
-        settings: dict[str, Any] = {
-            "model": parsed.model,
-            "hidden": parsed.hidden,
-            "progress": False,
-        }
-        if method == "loft":
-            settings["num_subnets"] = m
-        if parsed.epochs is not None:
-            settings["epochs"] = parsed.epochs
         experiment = Experiment(
-            dataset=dataset, method=method, data_options=options_, settings=settings
+            dataset=dataset,
+            method=method,
+            data_options=options_,
+            settings=settings(parsed, method, m, model=parsed.model, hidden=parsed.hidden),
         )
         data = experiment.load_data() if data is None else data
         row, trainers = run(experiment, data, seeds=parsed.seeds, paper=PAPER.get((m, 0.0)))
@@ -100,17 +93,12 @@ def _of_ticket(
     seed: int,
 ) -> Any:
     """Result of training the smaller model that pruning leaves, from where it is or anew."""
-    filters = LoFTTrainer(copy.deepcopy(trainer.model), data, num_subnets=1).spec
-    ticket = find_ticket(trainer.model, filters, pruned=share)
+    filters = partition_spec(trainer.model, wire_filters)
     source = trainer.model
     if way == "rewound":
-        settings = {**experiment.settings}
-        first = Experiment(
-            dataset=experiment.dataset, method="full", settings=settings | {"num_subnets": 1}
-        )
-        model_settings, _ = first.family.split_model_settings(first.resolved())
-        source = first.family.build_model(data, seed=seed, **model_settings)
-    small = ticket.cut(source)
+        model_settings, _ = experiment.family.split_model_settings(experiment.resolved())
+        source = experiment.family.build_model(data, seed=seed, **model_settings)
+    small = find_ticket(trainer.model, filters, pruned=share).cut(source)
     torch.manual_seed(seed)
     config = trainer.config
     return LoFTTrainer(

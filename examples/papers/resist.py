@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from gist.experiment import Experiment
-from runs import options, run, show, start
+from runs import options, run, settings, show, start
 
 PAPER = {
     ("local-sgd", 2): 92.36,
@@ -44,17 +44,11 @@ def main() -> None:
     rows = []
     data: Any = None
     for method, m in [("full", 1), *((k, m) for k in parsed.methods for m in parsed.subnets)]:
-        settings: dict[str, Any] = {
-            "model": parsed.model,
-            "hidden": parsed.hidden,
-            "progress": False,
-        }
-        if method != "full":
-            settings["num_subnets"] = m
-        if parsed.epochs is not None:
-            settings["epochs"] = parsed.epochs
         experiment = Experiment(
-            dataset=dataset, method=method, data_options=options_, settings=settings
+            dataset=dataset,
+            method=method,
+            data_options=options_,
+            settings=settings(parsed, method, m, model=parsed.model, hidden=parsed.hidden),
         )
         data = experiment.load_data() if data is None else data
         row, _ = run(experiment, data, seeds=parsed.seeds, paper=PAPER.get((method, m)))

@@ -43,7 +43,15 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, help="the budget")
+    parser.add_argument("--local-steps", type=int, help="of every subnet between two merges")
     return parser
+
+
+def settings(parsed: argparse.Namespace, method: str, m: int, **more: Any) -> dict[str, Any]:
+    """Settings of a run: those of the command line, and of the model."""
+    given = {"epochs": parsed.epochs, "local_steps": parsed.local_steps}
+    given |= {"num_subnets": None if method == "full" else m, "progress": False, **more}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def run(
