@@ -61,10 +61,15 @@ def compare(
     for name in baselines:
         one_of("baseline", name, base.family.baselines)
     data = base.load_data()
-    methods = [replace(base, method="full")] if full else []
+    methods = [replace(base, method="full", beside=base.method)] if full else []
     methods += [replace(base, settings={**base.settings, "num_subnets": m}) for m in subnets]
     methods += [
-        replace(base, method=name, settings={**base.settings, "num_subnets": m})
+        replace(
+            base,
+            method=name,
+            beside=base.method,
+            settings={**base.settings, "num_subnets": m},
+        )
         for name in baselines
         for m in subnets
         if isinstance(m, int) and m > 1

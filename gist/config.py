@@ -57,7 +57,7 @@ class TrainConfig:
         width_correction: Scale sums over narrowed inputs up to the whole width; None does so where
             no normalisation takes care of it (:func:`~gist.partition.subnet.corrected_paths`).
         depth_correction: Where units are residual blocks, scale the output of each, whenever the
-            whole model is evaluated, by the share of the subnets that held it (ResIST).
+            whole model is evaluated, by the mean share of its stage that a subnet held (ResIST).
         executor: Where subnets run: ``"serial"`` one after the other, ``"stacked"`` as one grouped
             model, ``"auto"`` whichever measures faster here (by rule where ``deterministic``).
             Under torchrun each says so of the subnets of one worker; ``"distributed"`` is as

@@ -69,6 +69,8 @@ class Experiment:
             :class:`~gist.config.SampleConfig`; what is not given comes from the dataset's card; for
             a saved graph, which has none, from the defaults of the model and these configs.
         seed: Of initialisation and training.
+        beside: Of a baseline: the subnet training that it is compared with, whose model and
+            settings it takes; settings that this method alone has are left out.
     """
 
     dataset: str
@@ -76,6 +78,7 @@ class Experiment:
     data_options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    beside: str | None = None
 
     def __post_init__(self) -> None:
         card = find_card(self.dataset, self.data_options)
@@ -85,6 +88,10 @@ class Experiment:
         object.__setattr__(self, "dataset", name)
         if self.method is None:
             object.__setattr__(self, "method", self.family.method_for(name, self.settings))
+        if self.beside is not None:
+            own = self.family.own_settings
+            kept = {k: v for k, v in self.settings.items() if k not in own}
+            object.__setattr__(self, "settings", kept)
 
     @property
     def family(self) -> Family:
@@ -104,7 +111,9 @@ class Experiment:
         """
         family = self.family
         family.check_method(self._method, self.settings)
-        defaults = family.defaults(self.dataset, self._method, self.settings)
+        others = [other for other in FAMILIES if other is not family]
+        family.check_settings(self._method, self.settings, others)
+        defaults = family.defaults(self.dataset, self._method, self.settings, self.beside)
         settings = {**defaults, **self.settings, "seed": self.seed}
         return family.adapt(self._method, settings)
 
@@ -152,7 +161,7 @@ class Experiment:
             initialise(model, self.seed)
         elif not (large or on_disk):  # else it is initialised where its tensors will live
             model = family.build_model(data, seed=self.seed, **model_settings).to(device, dtype)
-        return family.make_trainer(self._method, model, data, settings)
+        return family.make_trainer(self._method, model, data, settings, self.beside)
 
     def summary(self, trainer: SubnetTrainer, result: TrainResult) -> dict[str, Any]:
         """The run and its outcome as JSON values, as ``gist train --json`` writes them."""

@@ -164,6 +164,30 @@ def curves(runs: LabelledRuns, *, metric: str = "metric") -> Figure:
     return figure
 
 
+def distance_heatmap(distances: Mapping[str, Sequence[float]], epochs: Sequence[float]) -> Figure:
+    """How far rankings of filters were from their last one, round by round (LoFT, figure 4).
+
+    Args:
+        distances: For each group its distances, one for each round, as
+            :meth:`gist.FilterRanks.distances` gives them.
+        epochs: Budget spent at the end of these rounds.
+
+    Returns:
+        One row per group, one column per round; darker is farther.
+    """
+    values = np.array([list(row) for row in distances.values()])
+    figure = Figure(figsize=(_WIDTH, 1.2 + 0.22 * len(values)), layout="constrained")
+    ax = figure.subplots()
+    image = ax.imshow(values, cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
+    ax.set_yticks(range(len(distances)), [_short(group) for group in distances], fontsize=7)
+    shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), 8)).round().astype(int))
+    ax.set_xticks(shown, [f"{epochs[i]:.3g}" for i in shown])
+    ax.set_xlabel("epochs")
+    _tidy(ax)
+    _tidy(figure.colorbar(image, ax=ax, label="distance to the last ranking", aspect=30).ax)
+    return figure
+
+
 def partition_heatmap(held: Sequence[HeldUnits]) -> Figure:
     """Which subnet held which unit in which round, one panel per group.
 

@@ -151,6 +151,7 @@ class SubnetTrainer:
         self.history: list[RoundRecord] = []
         self.best: RoundRecord | None = None
         self.result: TrainResult | None = None
+        self._loaded_shares: dict[str, float] | None = None
 
     def fit(self, resume: str | Path | None = None) -> TrainResult:
         """Trains for the whole budget (GIST, Algorithm 1).
@@ -231,6 +232,7 @@ class SubnetTrainer:
 
     def _run_round(self, plan: RoundPlan) -> RoundRecord:
         start = time.perf_counter()
+        self._loaded_shares = None
         assignment = self.assign(plan)
         report = self.executor.run_round(plan, assignment)
         seconds = time.perf_counter() - start
@@ -331,12 +333,15 @@ class SubnetTrainer:
         )
 
     def block_shares(self) -> dict[str, float]:
-        """For each group of residual blocks, the share of subnets that hold one.
+        """For each group of residual blocks, the share of them that a subnet holds on average.
 
-        That of the round the model is from; of the last one planned where it has not trained here.
+        That of the round the model is from, also of one that was loaded; of the last round planned
+        where that is not known.
         """
         if not self.config.depth_correction or not self.spec.blocks:
             return {}
+        if self._loaded_shares is not None:
+            return self._loaded_shares
         at = self.rounds[-1].index
         if self.result is not None and self.config.keep_best and self.best is not None:
             at = self.best.round
@@ -479,7 +484,11 @@ class SubnetTrainer:
         self.store.write(folder / MODEL_FILE)
         if not self.comm.is_main:
             return
-        picked = {"executor": self.executor.name, "executor_choices": self.executor_choices}
+        picked = {
+            "executor": self.executor.name,
+            "executor_choices": self.executor_choices,
+            "block_shares": self.block_shares(),
+        }
         write_atomically(folder / "config.json", json.dumps(self.describe() | picked, indent=1))
         write_history(folder / "history.jsonl", self.history)
         if self.result is not None:
@@ -495,6 +504,9 @@ class SubnetTrainer:
             CheckpointError: there is no model in it, or one of other tensors.
         """
         self.store.read([Path(folder) / MODEL_FILE])
+        config = Path(folder) / "config.json"
+        if self.spec.blocks and config.exists():
+            self._loaded_shares = json.loads(config.read_text()).get("block_shares")
 
     def settings(self) -> dict[str, Any]:
         """The settings of the run, of training and data, as JSON values."""

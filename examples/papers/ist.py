@@ -1,7 +1,8 @@
 """Accuracy of IST on MNIST or another data set of samples, against whole models on one budget.
 
 The IST paper (Yuan et al., VLDB 2022) has fully connected networks of 2 layers, 4,096 wide, and of
-3 layers, 8,192 wide, on Google Speech Commands; its final accuracies at 8 workers stand beside.
+3 layers, 8,192 wide, on Google Speech Commands; its final accuracies at 8 workers stand beside
+where these are the data.
 
     python examples/papers/ist.py
 """
@@ -37,6 +38,7 @@ def main() -> None:
         parsed.dataset, parsed.seeds, parsed.subnets = "digits-images", 1, [2]
         parsed.networks, parsed.epochs = ["2x64", "3x64"], parsed.epochs or 8.0
     start(parsed)
+    paper = PAPER if parsed.dataset == "speech-commands" else {}
     rows = []
     data: Any = None
     for network in parsed.networks:
@@ -51,7 +53,7 @@ def main() -> None:
                 settings=settings(parsed, method, m, layers=layers, hidden=width),
             )
             data = experiment.load_data() if data is None else data
-            row, _ = run(experiment, data, seeds=parsed.seeds, paper=PAPER.get((layers, method, m)))
+            row, _ = run(experiment, data, seeds=parsed.seeds, paper=paper.get((layers, method, m)))
             rows.append({**row, "model": network})
     show(parsed, rows)
 

@@ -10,13 +10,15 @@ and trained anew show what the chosen filters are worth.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gist import LoFTTrainer, find_ticket, partition_spec, wire_filters
+from gist import FilterRanks, LoFTTrainer, find_ticket, partition_spec, wire_filters
 from gist.experiment import Experiment
-from runs import options, run, settings, show, start
+from gist.plots import distance_heatmap, save_figure
+from runs import image_options, images, of_runs, run, say, settings, show, start
 
 PAPER = {
     (1, 0.0): 93.51,
@@ -30,33 +32,29 @@ PAPER = {
 
 def main() -> None:
     """Prints the table."""
-    parser = options(__doc__)
-    parser.add_argument("--model", default="preact-resnet20")
-    parser.add_argument("--hidden", type=int, default=16, help="width of the first stage")
-    parser.add_argument("--subnets", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--train-size", type=int, default=50_000, help="training images")
+    parser = image_options(__doc__, "preact-resnet20")
     parser.add_argument("--pruned", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--finetune-epochs", type=float, help="a quarter of the budget by default")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how rankings settled")
     parsed = parser.parse_args()
-    dataset = "cifar10"
-    options_: dict[str, Any] = {}
+    dataset, data_options = images(parsed)
     if parsed.quick:
-        dataset, parsed.hidden, parsed.subnets, parsed.seeds = "digits-images", 8, [2], 1
-        parsed.epochs, parsed.pruned = parsed.epochs or 4.0, [0.5]
-    elif parsed.train_size < 45_000:
-        options_ = {"train_size": parsed.train_size}
+        parsed.pruned = [0.5]
     start(parsed)
+    paper = {} if parsed.quick else PAPER
     rows = []
     data: Any = None
     for method, m in [("full", 1), *(("loft", m) for m in parsed.subnets)]:
         experiment = Experiment(
             dataset=dataset,
             method=method,
-            data_options=options_,
+            data_options=data_options,
             settings=settings(parsed, method, m, model=parsed.model, hidden=parsed.hidden),
         )
         data = experiment.load_data() if data is None else data
-        row, trainers = run(experiment, data, seeds=parsed.seeds, paper=PAPER.get((m, 0.0)))
+        row, trainers = run(
+            experiment, data, seeds=parsed.seeds, paper=PAPER.get((m, 0.0)), watch=FilterRanks
+        )
         rows.append(row)
         budget = trainers[0].history[-1].epochs
         tuning = parsed.finetune_epochs or budget / 4
@@ -66,20 +64,19 @@ def main() -> None:
                     _of_ticket(experiment, trainer, data, share, way, epochs, seed)
                     for seed, trainer in enumerate(trainers)
                 ]
-                rows.append(
-                    {
-                        **row,
-                        "method": f"{method}, {share:.0%} pruned, {way}",
-                        "test_metric": 100 * sum(r.test_metric for r in found) / len(found),
-                        "test_std": 100 * _deviation([r.test_metric for r in found]),
-                        "last_test_metric": 100
-                        * sum(r.last_test_metric for r in found)
-                        / len(found),
-                        "seconds": sorted(r.seconds for r in found)[len(found) // 2],
-                        "bytes_per_round": 0,
-                        "paper": PAPER.get((m, share)) if way == "fine-tuned" else None,
-                    }
-                )
+                row = {
+                    **row,
+                    "method": f"{method}, {share:.0%} pruned, {way}",
+                    **of_runs([vars(result) for result in found]),
+                    "bytes_per_round": 0,
+                    "paper": paper.get((m, share)) if way == "fine-tuned" else None,
+                }
+                say(row)
+                rows.append(row)
+    if parsed.plot is not None:
+        (ranks,) = trainers[0].config.callbacks
+        distances = {group: ranks.distances(group) for group in ranks.rankings}
+        save_figure(distance_heatmap(distances, ranks.epochs), parsed.plot)
     show(parsed, rows)
 
 
@@ -116,10 +113,6 @@ def _of_ticket(
         progress=False,
         seed=seed,
     ).fit()
-
-
-def _deviation(values: list[float]) -> float:
-    return float(torch.tensor(values).std()) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

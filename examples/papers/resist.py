@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from gist.experiment import Experiment
-from runs import options, run, settings, show, start
+from runs import image_options, images, run, settings, show, start
 
 PAPER = {
     ("local-sgd", 2): 92.36,
@@ -26,32 +26,23 @@ PAPER = {
 
 def main() -> None:
     """Prints the table."""
-    parser = options(__doc__)
-    parser.add_argument("--model", default="preact-resnet20")
-    parser.add_argument("--hidden", type=int, default=16, help="width of the first stage")
-    parser.add_argument("--subnets", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--train-size", type=int, default=50_000, help="training images")
+    parser = image_options(__doc__, "preact-resnet32")
     parser.add_argument("--methods", nargs="+", default=["local-sgd", "resist"])
     parsed = parser.parse_args()
-    dataset = "cifar10"
-    options_: dict[str, Any] = {}
-    if parsed.quick:
-        dataset, parsed.hidden, parsed.subnets, parsed.seeds = "digits-images", 8, [2], 1
-        parsed.epochs = parsed.epochs or 4.0
-    elif parsed.train_size < 45_000:
-        options_ = {"train_size": parsed.train_size}
+    dataset, data_options = images(parsed)
     start(parsed)
+    paper = {} if parsed.quick else PAPER
     rows = []
     data: Any = None
     for method, m in [("full", 1), *((k, m) for k in parsed.methods for m in parsed.subnets)]:
         experiment = Experiment(
             dataset=dataset,
             method=method,
-            data_options=options_,
+            data_options=data_options,
             settings=settings(parsed, method, m, model=parsed.model, hidden=parsed.hidden),
         )
         data = experiment.load_data() if data is None else data
-        row, _ = run(experiment, data, seeds=parsed.seeds, paper=PAPER.get((method, m)))
+        row, _ = run(experiment, data, seeds=parsed.seeds, paper=paper.get((method, m)))
         rows.append(row)
     show(parsed, rows)
 

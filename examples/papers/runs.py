@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -47,6 +47,25 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def image_options(description: str | None, model: str) -> argparse.ArgumentParser:
+    """The same with those of an image network on CIFAR-10."""
+    parser = options(description)
+    parser.add_argument("--model", default=model)
+    parser.add_argument("--hidden", type=int, default=16, help="width of the first stage")
+    parser.add_argument("--subnets", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--train-size", type=int, help="training images; all by default")
+    return parser
+
+
+def images(parsed: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Name and options of the images; for a quick run digits, and a small network."""
+    if parsed.quick:
+        parsed.hidden, parsed.subnets, parsed.seeds = 8, [2], 1
+        parsed.epochs = parsed.epochs or 4.0
+        return "digits-images", {}
+    return "cifar10", {} if parsed.train_size is None else {"train_size": parsed.train_size}
+
+
 def settings(parsed: argparse.Namespace, method: str, m: int, **more: Any) -> dict[str, Any]:
     """Settings of a run: those of the command line, and of the model."""
     given = {"epochs": parsed.epochs, "local_steps": parsed.local_steps}
@@ -55,11 +74,23 @@ def settings(parsed: argparse.Namespace, method: str, m: int, **more: Any) -> di
 
 
 def run(
-    experiment: Experiment, data: Any, *, seeds: int, paper: float | None = None
+    experiment: Experiment,
+    data: Any,
+    *,
+    seeds: int,
+    paper: float | None = None,
+    watch: Callable[[], Any] | None = None,
 ) -> tuple[Row, list[Any]]:
     """Trains with several seeds; a row, and the trainers.
 
     Bytes are those that as many workers as subnets would exchange in a round, by the plan.
+
+    Args:
+        experiment: What to train.
+        data: What on.
+        seeds: How often.
+        paper: What the paper has.
+        watch: Makes a callback for each run.
     """
     summaries, trainers = [], []
     for seed in range(seeds):
@@ -67,32 +98,44 @@ def run(
             dataset=experiment.dataset,
             method=experiment.method,
             data_options=experiment.data_options,
-            settings=experiment.settings,
+            settings=experiment.settings | ({"callbacks": watch()} if watch else {}),
             seed=seed,
         )
         trainer = one.trainer(data)
         summaries.append(one.summary(trainer, trainer.fit()))
         trainers.append(trainer)
     m = trainers[0].config.phases[0][1]
-    tests = [each["test_metric"] for each in summaries]
     row = {
         "model": summaries[0]["model"],
         "method": experiment.method,
         "subnets": m,
-        "test_metric": 100 * mean(tests),
-        "test_std": 100 * stdev(tests) if seeds > 1 else 0.0,
-        "last_test_metric": 100 * mean(each["last_test_metric"] for each in summaries),
-        "seconds": median(each["seconds"] for each in summaries),
+        **of_runs(summaries),
         "bytes_per_round": bytes_per_round(experiment, m),
         "paper": paper,
     }
+    say(row)
+    return row, trainers
+
+
+def of_runs(summaries: Sequence[Mapping[str, Any]]) -> Row:
+    """Mean and deviation of what several runs came to, in percent; their median seconds."""
+    tests = [100 * each["test_metric"] for each in summaries]
+    return {
+        "test_metric": mean(tests),
+        "test_std": stdev(tests) if len(tests) > 1 else 0.0,
+        "last_test_metric": 100 * mean(each["last_test_metric"] for each in summaries),
+        "seconds": median(each["seconds"] for each in summaries),
+    }
+
+
+def say(row: Row) -> None:
+    """Prints a row as soon as it is there."""
     print(
-        f"{row['model']}, {row['method']}, m = {m}: {row['test_metric']:.2f} ± "
+        f"{row['model']}, {row['method']}, m = {row['subnets']}: {row['test_metric']:.2f} ± "
         f"{row['test_std']:.2f}%, {row['seconds']:.1f} s",
         file=sys.stderr,
         flush=True,
     )
-    return row, trainers
 
 
 def bytes_per_round(experiment: Experiment, workers: int) -> int:

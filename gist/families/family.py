@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class Family(ABC):
         model_settings: Settings of :meth:`build_model`.
         data_config: Class of the settings of the data side.
         plannable: Methods that can be planned.
+        own_settings: Settings that one method alone has, by name, with that method.
+        what: What the data are called in messages.
     """
 
     methods: tuple[str, ...]
@@ -50,14 +53,25 @@ class Family(ABC):
     model_settings: tuple[str, ...]
     data_config: type
     plannable: tuple[str, ...]
+    own_settings: Mapping[str, str] = {}
+    what: str
 
     @abstractmethod
     def method_for(self, dataset: str, settings: Mapping[str, Any]) -> str:
         """The method where none is named."""
 
     @abstractmethod
-    def defaults(self, dataset: str, method: str, settings: Mapping[str, Any]) -> Settings:
-        """Settings of a dataset for a method, where those that are given leave them open."""
+    def defaults(
+        self, dataset: str, method: str, settings: Mapping[str, Any], beside: str | None = None
+    ) -> Settings:
+        """Settings of a dataset for a method, where those that are given leave them open.
+
+        Args:
+            dataset: Its name.
+            method: The method.
+            settings: Those that are given.
+            beside: Of a baseline, the subnet training that it is compared with.
+        """
 
     @abstractmethod
     def build_model(self, data: Any, *, seed: int = 0, **settings: Any) -> nn.Module:
@@ -65,9 +79,9 @@ class Family(ABC):
 
     @abstractmethod
     def make_trainer(
-        self, method: str, model: nn.Module, data: Any, settings: Settings
+        self, method: str, model: nn.Module, data: Any, settings: Settings, beside: str | None
     ) -> SubnetTrainer:
-        """The trainer of a method."""
+        """The trainer of a method; see :meth:`defaults`."""
 
     @abstractmethod
     def plan(
@@ -102,6 +116,35 @@ class Family(ABC):
                 remedy=f"leave num_subnets out, or use method {self.methods[0]!r}; over several "
                 "workers, 'data-parallel'",
             )
+
+    @property
+    def every_setting(self) -> frozenset[str]:
+        """Names of the settings that this kind of data has, besides those of training."""
+        own = {entry.name for entry in fields(self.data_config)}
+        return frozenset({*own, *self.model_settings, *self.own_settings})
+
+    def check_settings(
+        self, method: str, settings: Mapping[str, Any], others: Iterable[Family]
+    ) -> None:
+        """Refuses settings of other kinds of data, and of other methods.
+
+        Raises:
+            ConfigError: see above; says whose they are.
+        """
+        for name in settings:
+            for family in others:
+                if name in family.every_setting - self.every_setting:
+                    raise ConfigError(
+                        f"{name} is a setting of {family.what}, and these are {self.what}",
+                        got=f"{name}={settings[name]!r}",
+                        remedy="leave it out",
+                    )
+            if self.own_settings.get(name, method) != method:
+                raise ConfigError(
+                    f"{name} is a setting of method {self.own_settings[name]!r}",
+                    got=f"{name}={settings[name]!r} with {method!r}",
+                    remedy="leave it out",
+                )
 
     def adapt(self, method: str, settings: Settings) -> Settings:
         """All settings of a run, changed as its method wants them."""

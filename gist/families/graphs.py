@@ -43,12 +43,15 @@ class Graphs(Family):
     model_settings = ("model", "hidden", "layers", "norm", "dropout", "heads")
     data_config = GraphConfig
     plannable = ("gist", "full", "local-sgd")
+    what = "graphs"
 
     def method_for(self, dataset: str, settings: Mapping[str, Any]) -> str:
         """See :meth:`Family.method_for`."""
         return "gist"
 
-    def defaults(self, dataset: str, method: str, settings: Mapping[str, Any]) -> Settings:
+    def defaults(
+        self, dataset: str, method: str, settings: Mapping[str, Any], beside: str | None = None
+    ) -> Settings:
         """See :meth:`Family.defaults`: from the card; a saved graph has none."""
         subnets = settings.get("num_subnets", TrainConfig.num_subnets)
         card = find_card(dataset)
@@ -77,7 +80,7 @@ class Graphs(Family):
         return build_model(data, seed=seed, **settings)
 
     def make_trainer(
-        self, method: str, model: nn.Module, data: Any, settings: Settings
+        self, method: str, model: nn.Module, data: Any, settings: Settings, beside: str | None
     ) -> SubnetTrainer:
         """See :meth:`Family.make_trainer`."""
         kinds = {"data-parallel": DataParallelTrainer, "ensemble": EnsembleTrainer}

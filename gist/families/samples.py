@@ -27,6 +27,7 @@ from gist.trainer import SubnetTrainer
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "preact-resnet18": networks.preact_resnet18,
     "preact-resnet20": networks.preact_resnet20,
+    "preact-resnet32": networks.preact_resnet32,
     "preact-resnet34": networks.preact_resnet34,
     "preact-resnet101": networks.preact_resnet101,
     "preact-resnet152": networks.preact_resnet152,
@@ -42,8 +43,16 @@ _TRAINERS: dict[str, type[SampleTrainer]] = {
     "loft": LoFTTrainer,
 }
 
-_MODELS = {"ist": "mlp", "resist": "preact-resnet20", "loft": "preact-resnet20"}
+_MODELS = {"ist": "mlp", "resist": "preact-resnet32", "loft": "preact-resnet20"}
 """What a method trains where neither settings nor card say it."""
+
+
+_FITTING = {
+    "ist": ("mlp",),
+    "resist": tuple(name for name in _NETWORKS if name.startswith("preact-resnet")),
+    "loft": tuple(_NETWORKS),
+}
+"""Models that a method is made for."""
 
 
 class Samples(Family):
@@ -55,13 +64,17 @@ class Samples(Family):
     model_settings = ("model", "hidden", "layers", "norm", "dropout")
     data_config = SampleConfig
     plannable = (*_TRAINERS, "full", "local-sgd")
+    own_settings: Mapping[str, str] = {  # of no one to be changed
+        name: method for method, kind in _TRAINERS.items() for name in kind.own_settings
+    }
+    what = "independent samples"
 
     def method_for(self, dataset: str, settings: Mapping[str, Any]) -> str:
         """See :meth:`Family.method_for`: what the model is made for; else the card's first."""
-        return self._base("", dataset, settings)
+        return self._base(None, dataset, settings)
 
-    def _base(self, method: str, dataset: str, settings: Mapping[str, Any]) -> str:
-        """The subnet training whose settings and trainer a method takes."""
+    def _base(self, method: str | None, dataset: str, settings: Mapping[str, Any]) -> str:
+        """The subnet training whose settings a method takes."""
         if method in _TRAINERS:
             return method
         model = settings.get("model")
@@ -78,11 +91,13 @@ class Samples(Family):
         assert isinstance(card, SampleCard), "graphs are of another family"
         return card
 
-    def defaults(self, dataset: str, method: str, settings: Mapping[str, Any]) -> Settings:
+    def defaults(
+        self, dataset: str, method: str, settings: Mapping[str, Any], beside: str | None = None
+    ) -> Settings:
         """See :meth:`Family.defaults`: from the card where the model is the card's."""
         subnets = settings.get("num_subnets", TrainConfig.num_subnets)
         most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
-        base = self._base(method, dataset, settings)
+        base = self._base(beside or method, dataset, settings)
         chosen = self._card(dataset).settings_for(base, 1 if method in WHOLE else most)
         chosen.setdefault("model", _MODELS[base])
         if settings.get("model", chosen["model"]) != chosen["model"]:
@@ -93,6 +108,13 @@ class Samples(Family):
 
     def adapt(self, method: str, settings: Settings) -> Settings:
         """See :meth:`Family.adapt`: replicas that saw the same batches would be one model."""
+        fitting = _FITTING.get(method)
+        if fitting is not None and settings["model"] not in fitting:
+            raise ConfigError(
+                f"method {method!r} is not made for this model",
+                got=f"model={settings['model']!r}",
+                expected=" or ".join(fitting),
+            )
         if method == "local-sgd" and settings.get("executor") != "stacked":
             settings = {"shared_batches": False, **settings}
         return super().adapt(method, settings)
@@ -102,19 +124,30 @@ class Samples(Family):
         return build_model(data, seed=seed, **settings)
 
     def make_trainer(
-        self, method: str, model: nn.Module, data: Any, settings: Settings
+        self, method: str, model: nn.Module, data: Any, settings: Settings, beside: str | None
     ) -> SubnetTrainer:
-        """See :meth:`Family.make_trainer`."""
-        kind = _kind(method, model)
-        if method == "data-parallel":
-            return SampleDataParallelTrainer(model, data, **kind.with_defaults(settings))
-        return kind(model, data, **settings)
+        """See :meth:`Family.make_trainer`: baselines have the defaults of what is beside them."""
+        kind = self._kind(method, model, beside)
+        if method in _TRAINERS:
+            return kind(model, data, **settings)
+        whole = SampleDataParallelTrainer if method == "data-parallel" else SampleTrainer
+        return whole(model, data, **kind.with_defaults(settings))
+
+    def _kind(self, method: str, model: nn.Module, beside: str | None) -> type[SampleTrainer]:
+        """The trainer of a method; of a baseline, that of what is beside it."""
+        base = beside or method
+        if base not in _TRAINERS:
+            made_for = {networks.MLP: "ist", networks.PreActResNet: "resist"}
+            base = made_for.get(type(model), "loft")
+        return _TRAINERS[base]
 
     def training_config(self, method: str, settings: Mapping[str, Any]) -> TrainConfig:
         """See :meth:`Family.training_config`."""
         _, given = self.split_model_settings(settings)
-        base = self._base(method, "", {"model": settings["model"]})
-        return _TRAINERS[base].choose(given)[1]
+        if method in _TRAINERS:
+            return _TRAINERS[method].choose(given)[1]
+        base = _TRAINERS[self._base(None, "", settings)]
+        return SampleTrainer.choose(base.with_defaults(given))[1]
 
     def plan(
         self, shape: Any, method: str, settings: Settings, *, workers: int, device: str
@@ -123,7 +156,10 @@ class Samples(Family):
         model_settings, given = self.split_model_settings(settings)
         with torch.device("meta"):
             model = build_model(shape, seed=settings["seed"], **model_settings)
-        wiring, config, samples = _kind(method, model).choose(given)
+        kind = self._kind(method, model, None)
+        if method not in _TRAINERS:
+            kind, given = SampleTrainer, kind.with_defaults(given)
+        wiring, config, samples = kind.choose(given)
         return estimate_costs(
             model,
             shape,
@@ -146,15 +182,6 @@ class Samples(Family):
                 remedy="leave them out: the sizes are those of the dataset",
             )
         return SampleShape.of_card(self._card(dataset))
-
-
-def _kind(method: str, model: nn.Module) -> type[SampleTrainer]:
-    """The trainer of a method; for baselines that of what the model is made for."""
-    if method in _TRAINERS:
-        return _TRAINERS[method]
-    if isinstance(model, networks.MLP):
-        return ISTTrainer
-    return ResISTTrainer if isinstance(model, networks.PreActResNet) else LoFTTrainer
 
 
 def build_model(

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from gist.config import TrainConfig
-from gist.errors import ConfigError
+from gist.errors import ConfigError, PartitionError
 from gist.methods.samples import SampleTrainer
 from gist.partition.depth import fold_depth
 from gist.partition.residual_wiring import wire_blocks
-from gist.partition.samplers import Overlapping
+from gist.partition.samplers import Overlapping, Whole
 from gist.partition.wiring import Wiring
 
 
@@ -24,7 +24,7 @@ class ResISTTrainer(SampleTrainer):
 
     A block that a subnet does not hold is the identity there, and costs nothing. All else is held
     by every subnet, and averaged. Whenever the whole model is evaluated, the outputs of the dealt
-    blocks are scaled by the share of the subnets that held each.
+    blocks are scaled by the mean share of their stage that a subnet held.
 
     >>> model = gist.nn.preact_resnet101(num_classes=10)
     >>> trainer = ResISTTrainer(model, load_dataset("cifar10"), num_subnets=4, epochs=160)
@@ -85,6 +85,20 @@ class ResISTTrainer(SampleTrainer):
                 remedy="leave sampler out, or the other two",
             )
         return config
+
+    def _check_subnets(self) -> None:
+        super()._check_subnets()
+        most = max(m for _, m in self.config.phases)
+        for group, size in self.spec.sizes.items():
+            if most > 1 and size < 2 and not isinstance(self.config.sampler, Whole):
+                raise PartitionError(
+                    f"stage {group!r} has a single block to deal, which every subnet would hold",
+                    got=f"num_subnets={most}",
+                    expected="two blocks or more that keep their shape, behind the first one",
+                    remedy="use a deeper model, other stages, or LoFT",
+                )
+            if most > size:
+                self._say(f"{most} subnets share {size} blocks of {group}: several hold each")
 
     def folded_model(self) -> nn.Module | None:
         """A copy of the model that is by itself what the trainer evaluates, to be deployed.

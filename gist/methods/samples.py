@@ -18,6 +18,7 @@ from gist.plan import RoundPlan
 from gist.samples.data import SampleData
 from gist.samples.loader_data import LoaderData
 from gist.samples.objective import SampleObjective
+from gist.samples.series import SeriesSource
 from gist.trainer import SubnetTrainer, device_of
 
 STATISTICS_STEPS = 64
@@ -144,11 +145,14 @@ class SampleTrainer(SubnetTrainer):
         )
 
     def _statistics_batches(self, plan: RoundPlan) -> Iterable[Any]:
+        """See :meth:`SubnetTrainer._statistics_batches`; of a series, the next, yet to be drawn."""
+        assert isinstance(self.objective, SampleObjective)
+        round = plan.index + isinstance(self.objective.source, SeriesSource)
         steps = min(self.objective.steps_per_epoch, STATISTICS_STEPS)
         shards = plan.num_subnets if self.sample_config.shards else 1
         seen = [
             self.objective.batches(
-                seed=self.config.seed, round=plan.index, subnet=subnet, steps=-(-steps // shards)
+                seed=self.config.seed, round=round, subnet=subnet, steps=-(-steps // shards)
             )
             for subnet in range(shards)
         ]

@@ -18,6 +18,7 @@ from gist.errors import ConfigError, DataError
 from gist.nn.bag import BagLinear
 from gist.nn.dropout import Dropout
 from gist.partition.builder import SpecBuilder
+from gist.partition.grouped.layers import GroupedLinear, grouped_linear
 from gist.partition.spec import Axis
 
 
@@ -99,8 +100,11 @@ class MLP(nn.Module):
         *hidden, last = self.linears
         for linear, norm in zip(hidden, self.norms, strict=True):
             h = self.dropout(self.act(norm(linear(h))))
-        if outputs is not None and type(last) is nn.Linear:
-            return F.linear(h, last.weight[outputs], last.bias[outputs])
+        if outputs is not None and isinstance(last, nn.Linear | GroupedLinear):
+            assert last.bias is not None, "every layer of an MLP has one"
+            weight, bias = last.weight.index_select(-2, outputs), last.bias[..., outputs]
+            apply = grouped_linear if isinstance(last, GroupedLinear) else F.linear
+            return apply(h, weight, bias)
         out: Tensor = last(h)
         return out if outputs is None else out[..., outputs]
 

@@ -200,8 +200,13 @@ def preact_resnet18(num_classes: int = 10, width: int = 64, **kwargs: Any) -> Pr
 
 
 def preact_resnet20(num_classes: int = 10, width: int = 16, **kwargs: Any) -> PreActResNet:
-    """Three stages of 3 basic blocks, 16, 32 and 64 wide: He et al.'s smallest for CIFAR."""
+    """Three stages of 3 basic blocks, ``width`` to 4 ``width`` wide: He et al.'s smallest."""
     return _doubling(width, (3, 3, 3), block="basic", num_classes=num_classes, **kwargs)
+
+
+def preact_resnet32(num_classes: int = 10, width: int = 16, **kwargs: Any) -> PreActResNet:
+    """Three stages of 5 basic blocks, ``width`` to 4 ``width`` wide."""
+    return _doubling(width, (5, 5, 5), block="basic", num_classes=num_classes, **kwargs)
 
 
 def preact_resnet34(num_classes: int = 10, width: int = 64, **kwargs: Any) -> PreActResNet:

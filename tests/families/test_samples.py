@@ -106,9 +106,14 @@ def test_images_are_images():
     ("method", "settings", "match"),
     [
         ("gist", {}, "unknown method"),
-        ("ist", {"clusters": 4}, "unknown setting 'clusters'"),
-        ("ist", {"heads": 4}, "unknown setting 'heads'"),
-        ("ist", {"min_blocks": 2}, "unknown setting 'min_blocks'"),
+        ("ist", {"clusters": 4}, "clusters is a setting of graphs"),
+        ("ist", {"heads": 4}, "heads is a setting of graphs"),
+        ("ist", {"min_blocks": 2}, "min_blocks is a setting of method 'resist'"),
+        ("local-sgd", {"warmup_rounds": 2}, "warmup_rounds is a setting of method 'resist'"),
+        ("ist", {"model": "vgg11"}, "'ist' is not made for this model"),
+        ("resist", {"model": "mlp"}, "'resist' is not made for this model"),
+        ("loft", {"model": "mlp"}, "'loft' is not made for this model"),
+        ("ist", {"hiden": 4}, "unknown setting 'hiden'"),
         ("full", {"num_subnets": 2}, "the full model is not split"),
     ],
 )
@@ -159,8 +164,29 @@ def test_methods_are_compared(tmp_path):
         "local-sgd",
         "data-parallel",
     ]
+    assert len({row["num_parameters"] for row in table["rows"]}) == 1
     with pytest.raises(ConfigError, match="unknown baseline"):
         compare(run("ist"), [2], baselines=["ensemble"])
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [("resist", {"min_blocks": 2, "warmup_rounds": 1}), ("loft", {})]
+)
+def test_baselines_are_of_the_same_network_and_settings(method, own):
+    small = {**SMALL, "rounds": 2, "hidden": 4}
+    base = Experiment(dataset="digits-images", method=method, settings={**small, **own})
+    table = compare(base, [2], baselines=["local-sgd", "data-parallel"])
+    rows = table["rows"]
+    assert [row["method"] for row in rows] == ["full", method, "local-sgd", "data-parallel"]
+    assert len({row["num_parameters"] for row in rows}) == 1
+    assert len({row["settings"]["model"] for row in rows}) == 1
+    for name in ("local_steps", "lr", "schedule", "weight_decay"):
+        assert len({row["settings"][name] for row in rows}) == 1, name
+
+
+def test_graphs_have_no_settings_of_samples():
+    with pytest.raises(ConfigError, match="batch_size is a setting of independent samples"):
+        Experiment(dataset="digits", settings={"batch_size": 4}).resolved()
 
 
 @pytest.mark.parametrize(

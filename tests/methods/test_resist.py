@@ -67,6 +67,24 @@ def test_what_is_evaluated_can_be_deployed():
     assert run.evaluate("test") == {"accuracy": pytest.approx(accuracy)}
 
 
+def test_a_model_that_is_loaded_is_evaluated_as_it_was(tmp_path):
+    run = trainer(num_subnets=3, warmup_rounds=1, rounds=2, out=tmp_path / "run")
+    run.callbacks = ()
+    for plan in run.rounds[:1]:
+        run._run_round(plan)
+    run.save(tmp_path / "run")
+    x = DATA["pictures"].x[:9]
+    other = trainer(num_subnets=3)
+    other.load(tmp_path / "run")
+    assert other.block_shares() == run.block_shares() == {"stages.1": 1.0}
+    assert torch.equal(other.predict(x), run.predict(x))
+
+
+def test_one_block_cannot_be_dealt():
+    with pytest.raises(PartitionError, match="a single block to deal"):
+        trainer(num_subnets=2, stages=("stages.0",))
+
+
 def test_depth_correction_can_be_switched_off():
     run = trainer(num_subnets=3, depth_correction=False)
     assert run.block_shares() == {}

@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from gist import partition_spec
+from gist import DisjointUniform, partition_spec
 from gist.errors import ConfigError, DataError
 from gist.nn import MLP, BagLinear
+from gist.partition.grouped.model import group_model
+from gist.partition.spec import model_tensors
+from gist.partition.subnet import build_subnet
 from gist.verify import verify_grouping, verify_wiring
 from tests.subnets import largest_difference, normal, perturbed
 
@@ -99,3 +103,20 @@ def test_some_outputs_are_those_of_all(input, num_layers):
     model = MLP(6, 8, 20, num_layers, input=input).double().eval()
     x, columns = torch.randn(5, 6, dtype=torch.float64), torch.tensor([3, 19, 0])
     torch.testing.assert_close(model(x, outputs=columns), model(x)[:, columns], rtol=1e-12, atol=0)
+
+
+def test_side_by_side_some_outputs_cost_no_more_than_these():
+    model = MLP(6, 8, 500).double()
+    spec = partition_spec(model)
+    deal = DisjointUniform()(spec.sizes, 2, seed=0, round=0)
+    alone = [build_subnet(model, spec, deal, i, width_correction=False).eval() for i in (0, 1)]
+    grouped = group_model(alone[0], spec, {}, 2).eval()
+    with torch.no_grad():
+        for name, tensor in model_tensors(grouped).items():
+            for i, narrow in enumerate(alone):
+                tensor[i].copy_(model_tensors(narrow)[name])
+    x, columns = torch.randn(5, 6, dtype=torch.float64), torch.tensor([3, 499])
+    with FlopCounterMode(display=False) as counter:
+        some = grouped(x, outputs=columns)
+    assert counter.get_total_flops() == 2 * 2 * 5 * 4 * (6 + len(columns))
+    torch.testing.assert_close(some, grouped(x)[..., columns])

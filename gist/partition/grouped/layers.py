@@ -34,7 +34,12 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies subnet ``i``'s weight to its features."""
-        return add_bias(grouped_product(x, self.weight), self.bias)
+        return grouped_linear(x, self.weight, self.bias)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[n, m, k]`` or shared ``[n, k]``, by ``[m, o, k]`` and ``[m, o]`` -> ``[n, m, o]``."""
+    return add_bias(grouped_product(x, weight), bias)
 
 
 class GroupedLayerNorm(nn.Module):
