@@ -47,6 +47,7 @@ from gist.partition.spec import Axis, PartitionSpec
 from gist.partition.wiring import partition_spec
 from gist.samples.data import SampleData
 from gist.samples.loader_data import LoaderData
+from gist.samples.outline import SampleShape
 from gist.samples.transforms import ImageTransform
 from gist.trainer import GISTTrainer, SubnetTrainer
 
@@ -94,6 +95,7 @@ __all__ = [
     "RoundRecord",
     "Rule",
     "SampleData",
+    "SampleShape",
     "SampleTrainer",
     "Sampler",
     "SpecBuilder",

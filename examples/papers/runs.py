@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -27,6 +28,9 @@ COLUMNS = (
     "bytes_per_round",
     "paper",
 )
+
+EVALUATIONS = 8
+"""Of every run, at most: on images they would take longer than the training between two merges."""
 
 _SCHEMES = {"local-sgd": "local_sgd", "data-parallel": "data_parallel"}
 """Names of baselines in a plan's exchange; all others are those of subnets."""
@@ -101,7 +105,7 @@ def run(
             settings=experiment.settings | ({"callbacks": watch()} if watch else {}),
             seed=seed,
         )
-        trainer = one.trainer(data)
+        trainer = _evaluated_seldom(one, data)
         summaries.append(one.summary(trainer, trainer.fit()))
         trainers.append(trainer)
     m = trainers[0].config.phases[0][1]
@@ -115,6 +119,12 @@ def run(
     }
     say(row)
     return row, trainers
+
+
+def _evaluated_seldom(experiment: Experiment, data: Any) -> Any:
+    """A trainer that evaluates about as often as all others, whatever a round is."""
+    every = -(-len(experiment.trainer(data).rounds) // EVALUATIONS)
+    return replace(experiment, settings={**experiment.settings, "eval_every": every}).trainer(data)
 
 
 def of_runs(summaries: Sequence[Mapping[str, Any]]) -> Row:

@@ -180,7 +180,7 @@ def _exchange_table(costs: Costs) -> Table:
     return table
 
 
-_SCHEMES = {"gist": "subnets"}
+_SCHEMES = {"gist": "subnet training"}
 """Words for schemes of exchange that are not their name."""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from gist.costs.stage import Stage
 from gist.execution.local import train_locally
 from gist.execution.objective import Objective
 from gist.execution.program import Program
-from gist.execution.rounds import RoundExecutor
+from gist.execution.rounds import RoundExecutor, shape_of
 from gist.execution.serial import SerialExecutor
 from gist.execution.stacked import StackedExecutor
 from gist.partition.assignment import Assignment
@@ -108,8 +109,8 @@ class _Rehearsing(RoundExecutor):
     stage: Stage
     peaks: dict[str, int]
     objective: Rehearsable
-    _known: dict[Program, int]
-    _turns: Counter[Program]
+    _known: MutableMapping[Program, tuple[int, int]]
+    _turns: MutableMapping[Program, int]
     _flops: dict[Hashable, int]
     _assignment: _Excerpt
 
@@ -120,7 +121,8 @@ class _Rehearsing(RoundExecutor):
             stage: Where; the model and the objective are on it.
             plans: The first round of each number of subnets, in the order in which they come.
         """
-        self.stage, self.peaks, self._known, self._turns = stage, {}, {}, Counter()
+        self.stage, self.peaks = stage, {}
+        self._known, self._turns = WeakKeyDictionary(), WeakKeyDictionary()  # none is kept by them
         before = stage.tally.bytes
         step_flops: dict[int, int] = {}
         taking_turns: set[Program] = set()
@@ -168,62 +170,60 @@ class _Rehearsing(RoundExecutor):
         return len(chunk), frozenset(widths.items()), frozenset(blocks.items())
 
     def _representatives(self, assignment: Assignment) -> list[range]:
-        """Chunks that take as much memory, and of all kinds of work, as all of the round."""
+        """Chunks that take as much memory, and do all kinds of work, as all of the round."""
         chunks = self.chunks(assignment)
         if self.carried is not None:  # the states of all subnets are alive when the round ends
             return chunks
         alike: dict[Hashable, list[range]] = {}
         for chunk in chunks:
             alike.setdefault(self._work(assignment, chunk), []).append(chunk)
-        if not self.spec.blocks:
-            return sorted((c for same in alike.values() for c in same[:2]), key=lambda c: c[0])
-        return self._of_blocks(assignment, chunks, list(alike.values()))
+        if self.spec.blocks:
+            return self._of_blocks(assignment, chunks, list(alike.values()))
+        return sorted((c for same in alike.values() for c in same[:2]), key=lambda c: c[0])
 
     def _of_blocks(
         self, assignment: Assignment, chunks: list[range], alike: list[list[range]]
     ) -> list[range]:
-        """One chunk of each kind, at least two, the largest last, as the last one's program stays.
+        """The same where subnets that are alike differ in their blocks, and so in their programs.
 
-        Before them come chunks that hold blocks which are averaged, and which these do not hold.
+        One of each kind, at least two, so that one program is built while there is another. The
+        largest comes last: its program stays. Of blocks that are averaged, all means are there in
+        the end: then it takes all chunks, unless these hold the same blocks.
         """
-        entries = {
-            same[0]: held_entries(self.spec, assignment, same[0][0], self.tensors) for same in alike
-        }
-        ordered = sorted(alike, key=lambda same: entries[same[0]])
-        chosen = [same[0] for same in ordered] if len(ordered) > 1 else ordered[0][:2]
-        averaged = [b for b in self.spec.blocks.values() if b[0] not in assignment.disjoint_groups]
-
-        def held(chunk: range) -> set[tuple[str, int]]:
-            return {block for block in averaged if chunk[0] in assignment.holders(*block)}
-
-        seen = set().union(*map(held, chosen))
-        for chunk in chunks:
-            if not held(chunk) <= seen:
-                chosen.insert(0, chunk)
-                seen |= held(chunk)
-        return chosen
+        chosen = [same[0] for same in alike] if len(alike) > 1 else alike[0][:2]
+        groups = {group for group, _ in self.spec.blocks.values()}
+        shapes = {shape_of(self.spec, assignment, chunk[0]) for chunk in chunks}
+        if len(shapes) > 1 and not groups <= assignment.disjoint_groups:
+            chosen = chunks
+        return sorted(chosen, key=lambda c: held_entries(self.spec, assignment, c[0], self.tensors))
 
     def _train(self, program: Program, plan: RoundPlan, subnets: range) -> Tensor:
         if program not in self._known:
-            self._known[program] = self._step_flops(program, plan, subnets)
-        self._turns[program] += 1
-        self._flops[self._work(self._assignment, subnets)] = self._known[program]
+            self._known[program] = self._two_steps(program, plan, subnets)
+        flops, passing = self._known[program]
+        peak = self.stage.tally.bytes + passing  # later, means of what others hold are there too
+        self.peaks["training"] = max(self.peaks.get("training", 0), peak)
+        self._turns[program] = self._turns.get(program, 0) + 1
+        self._flops[self._work(self._assignment, subnets)] = flops
         return torch.zeros(len(subnets))
 
-    def _step_flops(self, program: Program, plan: RoundPlan, subnets: range) -> int:
+    def _two_steps(self, program: Program, plan: RoundPlan, subnets: range) -> tuple[int, int]:
+        """Operations of a step, and the bytes that it takes beside what is there after it."""
         tally, counts = self.stage.tally, []
+        peaks: dict[str, int] = {}
         for _ in range(2):
             before = tally.flops
             with (
                 self._streams(plan, subnets),
                 self.stage.computing(),
-                self.stage.peak(self.peaks, "training"),
+                self.stage.peak(peaks, "training"),
             ):
                 batches = self._batches(plan, subnets, 1)
                 train_locally(program, self.objective, batches, [1.0], self.config)
             counts.append(tally.flops - before)
         # Products with the batch are made in its first step; those with the whole graph once.
-        return counts[0] if self.objective.rebuilds else counts[1]
+        flops = counts[0] if self.objective.rebuilds else counts[1]
+        return flops, peaks["training"] - tally.bytes
 
 
 class _SerialRehearsal(_Rehearsing, SerialExecutor):

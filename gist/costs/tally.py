@@ -33,7 +33,7 @@ class Tally(LiveBytes):  # type: ignore[no-untyped-call]  # torch is untyped her
 
     Operations are those of dense products (what :mod:`torch.utils.flop_counter` knows), and ``2 d``
     for each edge of a product with a graph, be it by a sparse matrix or by gathering and scattering
-    messages. All else is work of a lower order.
+    messages, or for each entry of a bag of features. All else is work of a lower order.
 
     A mask without memory is taken to choose everything: the most that it can. A convolution is
     taken to lay out what it reads and writes anew while it runs, as oneDNN does: at the peak that
@@ -120,7 +120,14 @@ def _scattered(out: Tensor, dim: int, index: Tensor, source: Any, *rest: Any) ->
     return math.prod((source if isinstance(source, Tensor) else index).shape)
 
 
+def _looked_up(table: Tensor, indices: Tensor, *rest: Any) -> int:
+    return indices.numel() * table.size(1)  # the gradient of the sums is as wide as the table
+
+
 _PER_EDGE: dict[Any, Callable[..., int]] = {
+    aten._embedding_bag: _looked_up,
+    aten._embedding_bag_backward: _looked_up,
+    aten._embedding_bag_dense_backward: _looked_up,
     aten.scatter_add: _scattered,
     aten.scatter_add_: _scattered,
     aten.scatter_reduce: _scattered,
@@ -128,7 +135,7 @@ _PER_EDGE: dict[Any, Callable[..., int]] = {
     aten.index_add: _scattered,
     aten.index_add_: _scattered,
 }
-"""Entries of the messages that a product with a graph sums: ``E d``."""
+"""Entries of what a product with a graph or with bags sums: ``E d``."""
 
 
 def _forward_layouts(out: Tensor, input: Tensor, *rest: Any) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ class RoundExecutor(ABC):
         before, once it is saved.
         """
         waiting: deque[tuple[range, Program, dict[str, Tensor], Future[None]]] = deque()
-        turns: Counter[Program] = Counter()
+        turns: WeakKeyDictionary[Program, int] = WeakKeyDictionary()  # keeps none of them
 
         def next_one() -> tuple[range, Program]:
             subnets, program, tensors, loaded = waiting.popleft()
@@ -168,8 +169,9 @@ class RoundExecutor(ABC):
 
         for subnets in self.chunks(assignment):
             program = self._program(assignment, subnets)
-            tensors = program.buffers(turns[program]) if lane.beside else program.tensors
-            turns[program] += 1
+            turn = turns.get(program, 0)
+            tensors = program.buffers(turn) if lane.beside else program.tensors
+            turns[program] = turn + 1
             loaded = lane.submit(transfer.load, subnets, tensors)
             waiting.append((subnets, program, tensors, loaded))
             if len(waiting) > (1 if lane.beside else 0):

@@ -42,11 +42,10 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.from_file.default:
             return out
-        known = {id(storage) for storage in _storages((args, kwargs))} | self._alive.keys()
+        known = {id(storage) for storage in _storages((args, kwargs))}
         for storage in _storages(out):
-            if id(storage) not in known:
+            if id(storage) not in known and id(storage) not in self._alive:
                 self._add(storage)
-                known.add(id(storage))
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gist import DisjointUniform, partition_spec
-from gist.costs.exchange import exchange_per_round
-from gist.nn import GCN, GraphSAGE
+from gist import DisjointUniform, Overlapping, Whole, partition_spec
+from gist.costs.exchange import Traffic, exchange_per_round
+from gist.execution.distributed import ShardedState
+from gist.nn import GCN, GraphSAGE, PreActResNet
+from gist.partition.residual_wiring import wire_blocks
 from gist.partition.spec import model_tensors
 from gist.partition.transfer import Selection, extract, scatter_
+from tests.execution.test_shards import Threads, check
+from tests.threads import on_ranks
 
 SCHEMES = {"gist", "data_parallel", "local_sgd", "central_server"}
 
@@ -103,3 +107,85 @@ def test_the_wider_the_model_the_more_gist_saves():
         assert found["gist"].busiest < found["central_server"].busiest < found["local_sgd"].busiest
     assert ratios[1] > ratios[0]
     assert ratios[1] == pytest.approx(16, rel=0.05)  # P against P / m², both there and back
+
+
+RESIST = [Overlapping(min_units=2), Overlapping(), Whole()]
+ROUNDS = st.lists(st.tuples(st.sampled_from(RESIST), st.integers(1, 5)), min_size=2, max_size=3)
+
+
+def resnet():
+    torch.manual_seed(0)
+    return PreActResNet((4,), (2,), block="basic", num_classes=3)
+
+
+@settings(max_examples=8)
+@given(ranks=st.integers(2, 4), rounds=ROUNDS)
+def test_a_resnet_sends_what_is_promised(ranks, rounds):
+    model = resnet()
+    tensors = {name: tensor.detach().clone() for name, tensor in model_tensors(model).items()}
+    check(tensors, partition_spec(model, wire_blocks), rounds, ranks)
+
+
+@settings(max_examples=5)
+@given(ranks=st.integers(2, 3), rounds=ROUNDS)
+def test_state_that_is_carried_goes_along_with_blocks(ranks, rounds):
+    model = resnet()
+    spec, parameters = partition_spec(model, wire_blocks), dict(model.named_parameters())
+    deals = [
+        sampler(spec.sizes, m, seed=1, round=index) for index, (sampler, m) in enumerate(rounds)
+    ]
+    sizes = {name: tensor.element_size() for name, tensor in parameters.items()}
+    moments = dict.fromkeys(parameters, 2 * 4 + 1)
+    both, alone = (
+        Traffic(spec, sizes, workers=ranks, state_bytes=state, counts_steps=bool(state))
+        for state in (moments, {})
+    )
+    more = [
+        [(b[0] - a[0], b[1] - a[1]) for b, a in zip(both.round(d), alone.round(d), strict=True)]
+        for d in deals
+    ]
+
+    def job(rank, queues):
+        comm = Threads(rank, queues)
+        carried = ShardedState(spec, parameters, torch.device("cpu"), comm)
+        for index, deal in enumerate(deals):
+            sent, received = comm.sent, comm.received
+            carried.open(deal)
+            states = []
+            for i in comm.subnets(deal.num_subnets):
+                carried.cut(i)
+                part = extract(parameters, spec, deal, i)
+                keys = ("exp_avg", "exp_avg_sq")
+                states.append(
+                    {n: {"step": torch.ones(())} | dict.fromkeys(keys, t) for n, t in part.items()}
+                )
+            carried.merge(states)
+            if index:  # in the first one they agree on what there is to carry, too
+                assert (comm.sent - sent, comm.received - received) == more[index][rank]
+
+    on_ranks(ranks, job)
+
+
+def test_all_of_a_resnet_but_its_blocks_is_averaged():
+    """Blocks change hands once; of the rest each of S workers sends and receives a ring's share."""
+    model, size = resnet(), 3
+    spec = partition_spec(model, wire_blocks)
+    tensors = model_tensors(model)
+    deals = [Overlapping()(spec.sizes, size, seed=0, round=r) for r in (1, 0)]
+    found = exchange_per_round(
+        spec,
+        deals,
+        {name: tensor.element_size() for name, tensor in tensors.items()},
+        [name for name, _ in model.named_parameters()],
+        workers=size,
+        local_steps=5,
+    )
+    shared = sum(t.nbytes for name, t in tensors.items() if spec.layouts[name].is_shared)
+    path, (group, _) = next(iter(spec.blocks.items()))
+    block = sum(t.nbytes for name, t in tensors.items() if name.startswith(f"{path}."))
+    before, now = (
+        {unit: i for i, units in enumerate(deal.held[group]) for unit in units.tolist()}
+        for deal in deals
+    )
+    moved = sum(before[unit] != now[unit] for unit in now)
+    assert found["gist"].total == 2 * (size - 1) * shared + moved * block + size * (size - 1) * 8

@@ -51,3 +51,55 @@ def test_the_measured_peak_stays_within_15_percent_above_the_plan(shape, executo
     planned, measured = json.loads(done.stdout.splitlines()[-1])
     assert measured <= 1.15 * planned, (measured, planned)
     assert planned <= 1.6 * measured, "a plan that promises too much says nothing"
+
+
+ON_SAMPLES = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from gist import SampleData, estimate_costs
+from gist.methods import ISTTrainer, LoFTTrainer, ResISTTrainer
+from gist.nn import MLP, PreActResNet
+from gist.samples.outline import SampleShape
+
+method, batch_size, eval_batch_size = json.loads(sys.argv[1])
+settings = dict(num_subnets=2, rounds=2, local_steps=2, executor="serial", batch_size=batch_size)
+settings |= dict(eval_batch_size=eval_batch_size)
+Trainer = {"ist": ISTTrainer, "resist": ResISTTrainer, "loft": LoFTTrainer}[method]
+generator, count = torch.Generator().manual_seed(0), 2000
+y = torch.randint(10, (count,), generator=generator)
+if method == "ist":
+    build, x = lambda: MLP(256, 4096, 10, 3), torch.rand(count, 256, generator=generator)
+else:
+    build = lambda: PreActResNet((2, 3), (16, 32), block="basic")
+    x = torch.randint(256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+data = SampleData.of((x, y))
+with torch.device("meta"):
+    outline = build()
+wiring, config, samples = Trainer.choose(settings)
+shape = SampleShape.of(data)
+costs = estimate_costs(outline, shape, wiring=wiring, config=config, **vars(samples))
+limit = int(1.25 * costs.peak_memory_bytes)
+trainer = Trainer(build(), data, progress=False, memory_limit=limit, **settings)
+print(json.dumps([costs.peak_memory_bytes, trainer.fit().peak_memory_bytes, costs.peak_phase]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("run", "phase"),
+    [
+        pytest.param(("ist", 1000, 1000), "verification", marks=pytest.mark.slow),
+        pytest.param(("resist", 500, 100), "training", marks=pytest.mark.slow),
+        pytest.param(("resist", 64, 1600), "evaluation"),
+        pytest.param(("loft", 600, 1000), "training", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_on_samples_stays_within_its_plan(run, phase):
+    """Convolutions lay out anew what they read and write: that is in it."""
+    command = [sys.executable, "-c", ON_SAMPLES, json.dumps(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    planned, measured, peak_phase = json.loads(done.stdout.splitlines()[-1])
+    assert peak_phase == phase
+    assert measured <= 1.02 * planned, (measured, planned)
+    assert planned <= 1.3 * measured
