@@ -172,6 +172,9 @@ class SampleTrainer(SubnetTrainer):
         """Scores ``[N, C]`` of stored samples ``[N, ...]`` by the model as it is evaluated now.
 
         Under torchrun all workers call it, and rank 0 alone gets any: ``[0, C]`` on the others.
+
+        Raises:
+            ConfigError: they are not stored as the data's are.
         """
         assert isinstance(self.objective, SampleObjective)
         with self._as_found():

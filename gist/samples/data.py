@@ -191,10 +191,10 @@ class SampleData:
         """Whatever holds samples and labels.
 
         Args:
-            data: A :class:`SampleData`, which is returned as it is; or a pair ``(x, y)`` of
-                tensors, numpy arrays, lists or scipy matrices. Arrays of numbers that are no bytes
-                get torch's default dtype; tensors keep theirs. Sparse ``x`` are bags of features,
-                sparse ``y`` many labels.
+            data: A :class:`SampleData`, which is returned as it is and takes no settings; or a pair
+                ``(x, y)`` of tensors, numpy arrays, lists or scipy matrices. Arrays of numbers that
+                are no bytes get torch's default dtype; tensors keep theirs. Sparse ``x`` are bags
+                of features, sparse ``y`` many labels.
             train: Sample numbers or a boolean mask ``[N]``. Without any split all three are drawn
                 uniformly.
             val: As ``train``.
@@ -213,6 +213,22 @@ class SampleData:
         """
         given = {"train": train, "val": val, "test": test}
         if isinstance(data, SampleData):
+            settings = {
+                **given,
+                "fractions": None if fractions == (0.8, 0.1, 0.1) else fractions,
+                "seed": seed or None,
+                "num_classes": num_classes,
+                "transform": transform,
+                "metric": metric,
+                "name": None if name == "data" else name,
+            }
+            if named := [key for key, value in settings.items() if value is not None]:
+                raise ConfigError(
+                    "these data have their settings already",
+                    got=f"a SampleData with {', '.join(named)}",
+                    expected="a SampleData alone, or a pair (x, y) with settings",
+                    remedy="dataclasses.replace(data, ...) changes some of them",
+                )
             return data
         if not isinstance(data, tuple | list) or len(data) != 2:
             raise DataError(

@@ -18,7 +18,15 @@ from gist.errors import ConfigError, DataError
 from gist.metrics import METRICS, Metric, Task, is_precision, one_of
 from gist.partition.streams import stream
 from gist.samples.convert import SPLITS
-from gist.samples.loaders import Loader, deals_anew, fetched, first_batch, length_of, passed
+from gist.samples.loaders import (
+    Loader,
+    check_labels,
+    deals_anew,
+    fetched,
+    first_batch,
+    length_of,
+    passed,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,8 +34,8 @@ class LoaderData:
     """A torch ``DataLoader`` for each split, which gives pairs ``(x, y)``.
 
     ``x`` is what the model takes; ``y`` is ``[n]`` class numbers or ``[n, L]`` 0/1 labels. See
-    :mod:`gist.samples.loaders` for how training batches are made. A first batch of each is drawn
-    and checked; others are taken as they come.
+    :mod:`gist.samples.loader_source` for how training batches are made. A first batch of each is
+    drawn and checked; of others the labels are, as they come.
 
     Attributes:
         train: Training samples, augmented by their dataset if they should be.
@@ -98,6 +106,9 @@ class LoaderData:
             batch_size: Samples at a time, of a map-style loader.
             most: Samples in all, at most: always the same ones of a map-style loader, drawn
                 uniformly; the first of any other.
+
+        Raises:
+            DataError: labels of a batch out of range.
         """
         loader, key = self.loader(split), ("scored", split)
         if deals_anew(loader):
@@ -105,10 +116,12 @@ class LoaderData:
             numbers = torch.arange(size)
             if most is not None and most < size:
                 numbers = torch.randperm(size, generator=stream("scored"))[:most].sort().values
-            yield from fetched(loader, torch.split(numbers, batch_size), *key)
-            return
+            pairs = fetched(loader, torch.split(numbers, batch_size), *key)
+        else:
+            pairs = passed(loader, *key)
         count = 0
-        for x, y in passed(loader, *key):
+        for place, (x, y) in enumerate(pairs):
+            check_labels(y, self.num_classes, f"batch {place} of the {split} loader")
             if most is not None and count + len(y) > most:
                 first = torch.arange(most - count, device=y.device)
                 x, y = take_rows(x, first), take_rows(y, first)
@@ -134,18 +147,7 @@ class LoaderData:
                 got=repr(self.metric),
                 expected=" or ".join(metrics),
             )
-        if y.dim() == 2:
-            fits = y.size(1) == self.num_classes
-            got = f"{y.size(1)} columns"
-        else:
-            low, high = int(y.min()), int(y.max())
-            fits, got = low >= 0 and high < self.num_classes, f"class numbers {low} to {high}"
-        if not fits:
-            raise DataError(
-                f"labels of the {split} loader do not fit num_classes",
-                got=got,
-                expected=f"num_classes={self.num_classes}",
-            )
+        check_labels(y, self.num_classes, f"the first batch of the {split} loader")
 
 
 def _task_of(y: Tensor) -> Task:

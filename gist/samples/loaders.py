@@ -1,12 +1,12 @@
-"""Torch ``DataLoader``s as batches for subnet training.
+"""Pairs of inputs and labels from torch ``DataLoader``s.
 
-Shape legend: ``B`` samples of a batch, ``L`` labels, ``m`` subnets, ζ local steps.
+Shape legend: ``B`` samples of a batch, ``C`` output columns, ``L`` labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeGuard
 
 import torch
@@ -21,201 +21,13 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from gist.csr import is_csr
+from gist.csr import is_csr, parts
 from gist.errors import ConfigError, DataError
 from gist.partition.streams import stream_seed
 from gist.random_states import RandomStates
-from gist.samples.batches import SampleBatch, SampleSource
-from gist.samples.passes import Passes
 
 Loader = Iterable[Any]
 """A torch ``DataLoader``, or anything that gives pairs ``(x, y)`` whenever it is iterated over."""
-
-
-def loader_source(
-    loader: Loader,
-    device: torch.device,
-    *,
-    local_steps: int,
-    num_subnets: int,
-    shards: bool = False,
-    steps_per_epoch: int | None = None,
-) -> SampleSource:
-    """Batches from a loader: its samples dealt anew where that can be, else in its own order.
-
-    Args:
-        loader: Gives pairs ``(x, y)``.
-        device: Where batches are wanted.
-        local_steps: ζ of the run.
-        num_subnets: ``m``, the most of the run.
-        shards: Each subnet sees samples of its own.
-        steps_per_epoch: Batches of one pass over a loader that cannot tell.
-
-    Raises:
-        ConfigError: a loader that cannot be used so, or no length.
-        DataError: an empty loader, or items that are no pairs.
-    """
-    if deals_anew(loader):
-        if steps_per_epoch is not None:
-            raise ConfigError(
-                "this loader knows how many batches make one pass",
-                got=f"steps_per_epoch={steps_per_epoch}",
-                expected=f"{_kind(loader)}, in batches of {loader.batch_size}",
-                remedy="leave it out",
-            )
-        return DealtSource(
-            loader, device, local_steps=local_steps, shards=num_subnets if shards else None
-        )
-    if shards:
-        raise ConfigError(
-            "only a map-style loader with its own sampler can be dealt into shards",
-            got=_kind(loader),
-            remedy="shards=False, or a DataLoader(dataset, batch_size=...) whose dataset has len",
-        )
-    return SeriesSource(
-        loader,
-        device,
-        local_steps=local_steps,
-        num_subnets=num_subnets,
-        steps_per_epoch=steps_per_epoch,
-    )
-
-
-class DealtSource(SampleSource):
-    """Batches of a map-style ``DataLoader``, dealt by :class:`~gist.samples.passes.Passes`.
-
-    Dataset, batch size, ``collate_fn`` and workers are the loader's; training samples are shuffled
-    whether or not it does, and batches are full, ``drop_last`` or not. Workers start anew for every
-    subnet and round. What the dataset or ``collate_fn`` draw from torch's, numpy's or Python's
-    global random states depends on (seed, round, subnet, step) alone, not on the number of workers,
-    and nothing else sees it.
-
-    Args:
-        loader: For which :func:`deals_anew` holds.
-        device: Where batches are wanted.
-        local_steps: ζ of the run.
-        shards: See :class:`~gist.samples.passes.Passes`.
-
-    Raises:
-        ConfigError: more shards than samples.
-        DataError: no samples, or items that are no pairs.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        device: torch.device,
-        *,
-        local_steps: int,
-        shards: int | None = None,
-    ) -> None:
-        self.loader, self.device = loader, device
-        first_batch(loader)
-        samples = torch.arange(len(loader.dataset))  # type: ignore[arg-type]
-        assert loader.batch_size is not None
-        self.passes = Passes(samples, loader.batch_size, local_steps=local_steps, shards=shards)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """See :attr:`~gist.samples.passes.Passes.steps_per_epoch`."""
-        return self.passes.steps_per_epoch
-
-    def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[SampleBatch]:
-        """See :meth:`SampleSource.batches`."""
-        indices = self.passes.batches(seed=seed, round=round, subnet=subnet, steps=steps)
-        for x, y in fetched(self.loader, indices, "loader", seed, round, subnet):
-            yield SampleBatch(x=x.to(self.device), y=y.to(self.device))
-
-    def describe(self) -> dict[str, Any]:
-        """See :meth:`SampleSource.describe`."""
-        return {"name": "DealtSource", **self.passes.describe()}
-
-
-class SeriesSource(SampleSource):
-    """Batches of a loader in its own order, as an endless series of passes.
-
-    Step ``k`` of subnet ``i`` in a round is batch ``(round * m + i) * ζ + k`` of the series: no two
-    subnets see the same one. The passes have random states of their own, named by (seed, pass,
-    batch): torch's, numpy's and Python's global ones, and the loader's ``generator``. A loader that
-    draws from others, or whose worker processes do, gives runs that cannot be repeated.
-
-    One pass is kept open: batches ahead in it are iterated up to, those behind from its start.
-
-    Args:
-        loader: Gives ``steps_per_epoch`` or more pairs whenever it is iterated over.
-        device: Where batches are wanted.
-        local_steps: ζ of the run.
-        num_subnets: ``m``, the most of the run.
-        steps_per_epoch: Batches of one pass; those that the loader has beyond are not seen. None
-            for its ``len``.
-
-    Raises:
-        ConfigError: no length, or a loader that can be iterated over once.
-        DataError: an empty loader, or items that are no pairs.
-    """
-
-    def __init__(
-        self,
-        loader: Loader,
-        device: torch.device,
-        *,
-        local_steps: int,
-        num_subnets: int,
-        steps_per_epoch: int | None = None,
-    ) -> None:
-        self.loader, self.device = loader, device
-        self.local_steps, self.num_subnets = local_steps, num_subnets
-        first_batch(loader)
-        length = steps_per_epoch or length_of(loader)
-        if length is None:
-            raise ConfigError(
-                "how many batches make one pass of the loader is not known",
-                got=f"{_kind(loader)} without len",
-                remedy="give steps_per_epoch=...",
-            )
-        self._length = length
-        self._open: tuple[int, int] | None = None
-        self._place = 0
-        self._items: Iterator[Any] = iter(())
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of one pass over the loader."""
-        return self._length
-
-    def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[SampleBatch]:
-        """See :meth:`SampleSource.batches`."""
-        first = (round * self.num_subnets + subnet) * self.local_steps
-        for position in range(first, first + steps):
-            x, y = as_pair(self._at(seed, *divmod(position, self._length)))
-            yield SampleBatch(x=x.to(self.device), y=y.to(self.device))
-
-    def describe(self) -> dict[str, Any]:
-        """See :meth:`SampleSource.describe`."""
-        return {"name": "SeriesSource", "steps_per_epoch": self.steps_per_epoch}
-
-    def _at(self, seed: int, number: int, place: int) -> Any:
-        """Item ``place`` of pass ``number``."""
-        key = ("series", seed, number)
-        if self._open != (seed, number) or place < self._place:
-            self._items, self._place = iter(()), 0  # ends the workers of the last one
-            self._items = opened(self.loader, *key)
-            self._open = (seed, number)
-        while True:
-            with RandomStates(stream_seed(*key, self._place)):
-                item = next(self._items, _END)
-            if item is _END:
-                self._open = None
-                raise DataError(
-                    "the loader ended before its pass was over",
-                    got=f"{self._place} batches",
-                    expected=f"{self._length}",
-                    remedy="correct its len, or steps_per_epoch",
-                )
-            self._place += 1
-            if self._place > place:
-                return item
-
 
 _END = object()
 
@@ -283,24 +95,67 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def opened(loader: Loader, *key: int | str) -> Iterator[Any]:
-    """One pass of a loader, begun in random states that the key names."""
-    if isinstance(generator := getattr(loader, "generator", None), torch.Generator):
-        generator.manual_seed(stream_seed(*key))
-    with RandomStates(stream_seed(*key)):
-        return iter(loader)
+class LoaderPass(Iterator[Any]):
+    """One pass of a loader, in random states that belong to it alone.
+
+    These are torch's, numpy's and Python's global ones, anew for every item, and the generators of
+    the loader and its samplers. A loader that draws from others, or whose worker processes do,
+    gives passes that cannot be repeated.
+
+    Args:
+        loader: What is iterated over.
+        *key: Names the random states.
+
+    Attributes:
+        key: As given.
+        place: Items that were taken.
+    """
+
+    def __init__(self, loader: Loader, *key: int | str) -> None:
+        self.key, self.place = key, 0
+        self._states = {
+            generator: torch.Generator(generator.device)
+            .manual_seed(stream_seed(*key, "generator", i))
+            .get_state()
+            for i, generator in enumerate(_generators(loader))
+        }
+        with self._own_states(*key):
+            self._items = iter(loader)
+
+    def __next__(self) -> Any:
+        with self._own_states(*self.key, self.place):
+            item = next(self._items, _END)
+        if item is _END:
+            raise StopIteration
+        self.place += 1
+        return item
+
+    @contextmanager
+    def _own_states(self, *key: int | str) -> Iterator[None]:
+        outer = {generator: generator.get_state() for generator in self._states}
+        with RandomStates(stream_seed(*key)):
+            for generator, state in self._states.items():
+                generator.set_state(state)
+            try:
+                yield
+            finally:
+                for generator, state in outer.items():
+                    self._states[generator] = generator.get_state()
+                    generator.set_state(state)
+
+
+def _generators(loader: Loader) -> list[torch.Generator]:
+    """Those that a loader and its samplers draw from, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    inner = getattr(batch_sampler, "sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batch_sampler, inner)
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
 
 
 def passed(loader: Loader, *key: int | str) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs of one pass of a loader, in its order, in random states that the key names."""
-    items, place = opened(loader, *key), 0
-    while True:
-        with RandomStates(stream_seed(*key, place)):
-            item = next(items, _END)
-        if item is _END:
-            return
-        yield as_pair(item)
-        place += 1
+    """All pairs of one :class:`LoaderPass`, in the loader's order."""
+    return map(as_pair, LoaderPass(loader, *key))
 
 
 def first_batch(loader: Loader) -> tuple[Tensor, Tensor]:
@@ -314,7 +169,7 @@ def first_batch(loader: Loader) -> tuple[Tensor, Tensor]:
     if not isinstance(loader, Iterable) or isinstance(loader, Iterator | Tensor):
         raise ConfigError(
             "a loader must be something that can be iterated over again and again",
-            got=_kind(loader),
+            got=kind_of(loader),
             expected="such as a torch DataLoader",
         )
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
@@ -330,18 +185,18 @@ def first_batch(loader: Loader) -> tuple[Tensor, Tensor]:
         pairs = passed(loader, "first batch")
     for pair in pairs:
         return pair
-    raise DataError("the loader is empty", got=_kind(loader), expected="at least one batch")
+    raise DataError("the loader is empty", got=kind_of(loader), expected="at least one batch")
 
 
 def as_pair(item: Any) -> tuple[Tensor, Tensor]:
-    """Input and labels: ``[B, ...]``, and ``[B]`` int64 or ``[B, L]`` float.
+    """Input and labels: ``[B, ...]``, and ``[B]`` int64 or ``[B, L]`` float; ``B`` > 0.
 
     Raises:
         DataError: the item is no such pair.
     """
     if isinstance(item, tuple | list) and len(item) == 2:
         x, y = item
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() and len(x) == len(y):
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() and len(x) == len(y) > 0:
             if y.dim() == 1 and not (y.is_floating_point() or y.is_complex()):
                 return x, y.long()
             if y.dim() == 2 and not y.is_complex():
@@ -354,6 +209,43 @@ def as_pair(item: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+def check_labels(y: Tensor, num_classes: int, batch: str) -> None:
+    """Refuses labels of a batch that a model with ``num_classes`` outputs cannot be scored by.
+
+    Args:
+        y: As :func:`as_pair` gives them.
+        num_classes: ``C``.
+        batch: Names it.
+
+    Raises:
+        DataError: class numbers out of range, other than ``C`` columns, or other labels than 0
+            and 1.
+    """
+    if y.dim() == 1:
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= num_classes:
+            raise DataError(
+                f"labels of {batch} do not fit num_classes",
+                got=f"class numbers {low} to {high}",
+                expected=f"num_classes={num_classes}: 0 to {num_classes - 1}",
+            )
+        return
+    if y.size(1) != num_classes:
+        raise DataError(
+            f"labels of {batch} do not fit num_classes",
+            got=f"{y.size(1)} columns",
+            expected=f"num_classes={num_classes}",
+        )
+    values = parts(y)[2] if is_csr(y) else y
+    wrong = values != 1 if is_csr(y) else (values != 0) & (values != 1)
+    if bool(wrong.any()):
+        raise DataError(
+            f"labels of {batch} are out of range",
+            got=f"{values[wrong][0].item():g}",
+            expected="1 in every stored entry" if is_csr(y) else "0 or 1",
+        )
+
+
 def length_of(loader: Loader) -> int | None:
     """Batches of one pass, if the loader knows."""
     if isinstance(loader, Sized):
@@ -362,7 +254,8 @@ def length_of(loader: Loader) -> int | None:
     return None
 
 
-def _kind(loader: Any) -> str:
+def kind_of(loader: Any) -> str:
+    """Names the type of a loader, and of its dataset, for errors."""
     dataset = getattr(loader, "dataset", None)
     return type(loader).__name__ + (f" of {type(dataset).__name__}" if dataset is not None else "")
 

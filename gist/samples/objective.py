@@ -23,7 +23,7 @@ from gist.samples.batches import SampleBatch, SampleSource, TensorSource
 from gist.samples.convert import SPLITS
 from gist.samples.data import SampleData
 from gist.samples.loader_data import LoaderData
-from gist.samples.loaders import loader_source
+from gist.samples.loader_source import loader_source
 from gist.samples.sampled_outputs import SampledOutputs
 
 _SAMPLES = 8
@@ -84,11 +84,9 @@ class SampleObjective:
     def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[SampleBatch]:
         """The ``steps`` batches of one subnet in one round."""
         every = self.source.batches(seed=seed, round=round, subnet=subnet, steps=steps)
-        if self.sampled is None:
-            yield from every
-            return
-        for step, batch in enumerate(every):
-            yield self.sampled.restrict(batch, seed, round, subnet, step)
+        if (sampled := self.sampled) is None:
+            return every
+        return (sampled.restrict(b, seed, round, subnet, step) for step, b in enumerate(every))
 
     def loss(self, model: nn.Module, batch: SampleBatch) -> Tensor:
         """Mean loss over a batch: a scalar, or ``[m]`` for ``m`` stacked subnets."""
@@ -122,12 +120,16 @@ class SampleObjective:
         Args:
             model: The model; its modes are left as they are.
             samples: A split; or samples ``[n, ...]``, in the form in which the data hold them.
+
+        Raises:
+            ConfigError: samples of another form.
         """
         with keeps_modes(model):
             model.eval()
             if isinstance(samples, str):
                 inputs: Iterable[Tensor] = (x for x, _ in self._scored(samples))
             else:
+                self._check_form(samples)
                 inputs = self._prepared(samples.to(self.device))
             return torch.cat([model(x) for x in inputs])
 
@@ -208,6 +210,7 @@ class SampleObjective:
                 self.device,
                 local_steps=local_steps,
                 num_subnets=num_subnets,
+                num_classes=data.num_classes,
                 shards=config.shards,
                 steps_per_epoch=config.steps_per_epoch,
             )
@@ -225,6 +228,23 @@ class SampleObjective:
         size = self.config.eval_batch_size
         for x, y in self.data.scored(split, batch_size=size, most=most):
             yield x.to(self.device), y.to(self.device)
+
+    def _check_form(self, samples: Tensor) -> None:
+        """Refuses samples that are not in the form in which the data hold theirs."""
+        stored = self.data.x if isinstance(self.data, SampleData) else self.data.example()
+        got, expected = (
+            f"{x.layout} {x.dtype} of shape {('n', *x.shape[1:])}" for x in (samples, stored)
+        )
+        if got != expected:
+            floats = samples.is_floating_point() and stored.is_floating_point()
+            raise ConfigError(
+                "these samples have another form than those that the model was trained on",
+                got=got,
+                expected=f"{expected}, as they are stored, not yet transformed",
+                remedy=f"x.to({stored.dtype})"
+                if floats and samples.dtype != stored.dtype
+                else None,
+            )
 
     def _prepared(self, samples: Tensor) -> Iterator[Tensor]:
         """The model's inputs of samples ``[n, ...]``, some at a time."""

@@ -308,3 +308,25 @@ X, Y = torch.zeros(6, 2), [0, 1] * 3
 def test_what_holds_no_samples_is_refused(data, settings, error, message):
     with pytest.raises(error, match=message):
         SampleData.of(data, **settings)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"train": [0, 1]},
+        {"val": [2]},
+        {"test": [3]},
+        {"fractions": (0.5, 0.3, 0.2)},
+        {"seed": 1},
+        {"num_classes": 5},
+        {"transform": Scale()},
+        {"metric": "accuracy"},
+        {"name": "mine"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_data_that_are_made_take_no_settings(setting):
+    data = SampleData.of((torch.randn(20, 2), torch.arange(20) % 2))
+    (name,) = setting
+    with pytest.raises(ConfigError, match=rf"settings already; got: a SampleData with {name};"):
+        SampleData.of(data, **setting)

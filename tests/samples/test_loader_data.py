@@ -104,3 +104,12 @@ def test_the_fingerprint_is_given_or_that_of_first_batches_and_lengths():
 def test_loaders_that_do_not_fit_are_refused(changes, error, message):
     with pytest.raises(error, match=message):
         made(**changes)
+
+
+@pytest.mark.parametrize("sampler", [None, range(12)])
+def test_labels_are_checked_where_they_are_scored(sampler):
+    x, y = loader().dataset.tensors
+    late = TensorDataset(x, torch.where(torch.arange(12) == 11, 3, y))
+    data = made(val=DataLoader(late, batch_size=5, sampler=sampler))
+    with pytest.raises(DataError, match=r"batch 2 of the val loader do not fit.* to 3"):
+        list(data.scored("val", batch_size=5))

@@ -24,7 +24,9 @@ from torch.utils.data import (
 from gist.errors import ConfigError, DataError
 from gist.samples.batches import SampleSource, TensorSource
 from gist.samples.data import SampleData
-from gist.samples.loaders import DealtSource, SeriesSource, as_pair, deals_anew, loader_source
+from gist.samples.loader_source import DealtSource, loader_source
+from gist.samples.loaders import as_pair, check_labels, deals_anew, passed
+from gist.samples.series import SeriesSource
 
 CPU = torch.device("cpu")
 ONE = {"seed": 0, "round": 0, "subnet": 0}
@@ -66,7 +68,9 @@ def numbers(batch) -> list[int]:
 
 
 def made(loader, **settings) -> SampleSource:
-    return loader_source(loader, CPU, **{"local_steps": 3, "num_subnets": 2, **settings})
+    return loader_source(
+        loader, CPU, **{"local_steps": 3, "num_subnets": 2, "num_classes": 3, **settings}
+    )
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -285,8 +289,52 @@ def test_loaders_that_cannot_be_used_are_refused(loader, settings, error, messag
         (torch.zeros(2, 1), torch.zeros(2)),
         (torch.zeros(2, 1), torch.zeros(2).long(), 0),
         (torch.tensor(1.0), torch.zeros(2).long()),
+        (torch.zeros(0, 1), torch.zeros(0).long()),
     ],
 )
 def test_items_that_are_no_pairs_are_refused(item):
     with pytest.raises(DataError, match="must give pairs of inputs and labels"):
         as_pair(item)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.tensor([0, 3, 1]), "batch 7 do not fit num_classes; got: class numbers 0 to 3"),
+        (torch.tensor([-1, 2]), "batch 7 do not fit.*class numbers -1 to 2; exp.*=3: 0 to 2"),
+        (torch.zeros(2, 2), "batch 7 do not fit num_classes; got: 2 columns"),
+        (torch.tensor([[0, 1, 0.5]]), "batch 7 are out of range; got: 0.5; expected: 0 or 1"),
+        (torch.tensor([[0, 1, torch.nan]]), "batch 7 are out of range; got: nan"),
+        (torch.tensor([[0, 2.0, 1]]).to_sparse_csr(), "batch 7 are out.* 2; expected: 1 in every"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(y, message):
+    with pytest.raises(DataError, match=f"labels of {message}"):
+        check_labels(y, 3, "batch 7")
+
+
+def test_labels_that_fit_are_taken():
+    for y in (torch.tensor([0, 2]), torch.eye(3), torch.eye(3).to_sparse_csr()):
+        check_labels(y, 3, "a batch")
+
+
+@pytest.mark.parametrize("sampler", [None, range(23)])
+def test_a_late_label_is_refused_where_its_batch_is_made(sampler):
+    x, y = tensors().tensors
+    y = torch.where(torch.arange(23) == 22, 5, y)
+    loader = DataLoader(TensorDataset(x, y), batch_size=4, sampler=sampler)
+    message = r"labels of batch \d of .* do not fit num_classes; got: class numbers \d to 5"
+    with pytest.raises(DataError, match=message):
+        list(made(loader).batches(**ONE, steps=12))
+
+
+def test_a_pass_draws_from_generators_of_its_own():
+    generator = torch.Generator().manual_seed(5)
+    sampler = RandomSampler(tensors(), replacement=True, num_samples=99, generator=generator)
+    loader = DataLoader(tensors(), sampler=sampler, generator=generator)
+    before = generator.get_state()
+    alone = [x for x, _ in passed(loader, "a")]
+    together = list(zip(passed(loader, "a"), passed(loader, "b"), strict=True))
+    assert all(torch.equal(x, pair[0]) for x, (pair, _) in zip(alone, together, strict=True))
+    assert any(not torch.equal(a[0], b[0]) for a, b in together)
+    assert torch.equal(generator.get_state(), before)

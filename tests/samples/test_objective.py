@@ -156,6 +156,23 @@ def test_scores_of_given_samples_are_those_of_the_split():
     assert torch.equal(made(data).predict(net(data), x), made(data).predict(net(data)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "x", "message"),
+    [
+        ("rows", torch.zeros(3, 4).double(), r"got: .*float64.*expected.*float32.*x.to\(torch.fl"),
+        ("rows", torch.zeros(3, 5), r"got: .*\('n', 5\); expected.*\('n', 4\)"),
+        ("rows", torch.zeros(3, 4).to_sparse_csr(), "got: torch.sparse_csr.*: torch.strided"),
+        ("images", torch.zeros(3, 1, 4, 4), r"got: .*float32.*expected: .*uint8.*not yet transf"),
+        ("bags", torch.zeros(3, 4), r"got: torch.strided.*expected: torch.sparse_csr"),
+        ("loaders", torch.zeros(3, 5), r"got: .*\('n', 5\); expected.*\('n', 4\)"),
+    ],
+)
+def test_given_samples_of_another_form_are_refused(kind, x, message):
+    data = KINDS[kind]()
+    with pytest.raises(ConfigError, match=message):
+        made(data).predict(net(data), x)
+
+
 def test_the_training_metric_is_that_of_some_samples():
     data = KINDS["rows"]()
     seen = []
