@@ -52,6 +52,7 @@ def test_idx_files_are_read_back(tmp_path_factory, shape, seed):
         (gzip.compress(idx(np.zeros(5, np.uint8))[:-1]), r"12 bytes for the shape \[5\]"),
         (gzip.compress(idx(np.zeros(5, np.uint8)) + b"x"), r"14 bytes for the shape \[5\]"),
     ],
+    ids=["empty", "no gzip", "cut off", "magic", "kind", "header", "short", "long"],
 )
 def test_damaged_idx_files_are_refused(tmp_path, content, match):
     file = tmp_path / "a.gz"

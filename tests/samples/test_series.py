@@ -105,7 +105,9 @@ def test_nothing_is_drawn_twice(take, length, m, steps, ahead, rounds):
 
 
 @pytest.mark.parametrize(
-    ("take", "most"), [(one_by_one, 5), (side_by_side, 20), (shared, 5)], ids=lambda v: str(v)
+    ("take", "most"),
+    [(one_by_one, 5), (side_by_side, 20), (shared, 5)],
+    ids=["one by one", "side by side", "shared"],
 )
 def test_few_batches_are_kept(take, most):
     loader = Numbered(1000)
