@@ -5,6 +5,8 @@ Shape legend: ``N`` rows, ``F`` columns, ``E`` stored entries, ``n`` rows that a
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,9 @@ def csr_tensor(indptr: Tensor, columns: Tensor, values: Tensor, num_cols: int) -
         num_cols: ``F``.
     """
     shape = (indptr.numel() - 1, num_cols)
-    return torch.sparse_csr_tensor(indptr, columns, values, shape, check_invariants=False)
+    with warnings.catch_warnings():  # that this layout is in beta is said once, at the first one
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
+        return torch.sparse_csr_tensor(indptr, columns, values, shape, check_invariants=False)
 
 
 def parts(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 # A plain block, or one that the build of the documentation executes.
 _CODE = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_SLOW = {"first_run.md", "link_prediction.md"}
+_SLOW = {"first_run.md", "ist.md", "link_prediction.md", "loft.md", "resist.md"}
 
 
 def code_blocks(page: Path) -> Iterator[tuple[int, str]]:
@@ -131,21 +131,25 @@ def keys_within(value: object) -> set[str]:
     return set(value).union(*(keys_within(inner) for inner in value.values()))
 
 
+_SIZES = ["--nodes", "500", "--edges", "2000", "--features", "8", "--classes", "3"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        ["--executor", "auto", "--optimizer-state", "carry", "--workers", "2"],
-        ["--store", "disk", "--checkpoint-every", "1"],
+        [*_SIZES, "--executor", "auto", "--optimizer-state", "carry", "--workers", "2"],
+        [*_SIZES, "--store", "disk", "--checkpoint-every", "1"],
+        ["digits-images"],
+        ["speech-commands"],
     ],
 )
 def test_every_field_that_plan_writes_is_on_the_page(options):
-    sizes = ["--nodes", "500", "--edges", "2000", "--features", "8", "--classes", "3"]
-    outcome = CliRunner().invoke(app, ["plan", *sizes, "--hidden", "16", *options, "--json", "-"])
+    outcome = CliRunner().invoke(app, ["plan", *options, "--hidden", "16", "--json", "-"])
     assert outcome.exit_code == 0, outcome.output
     plan = json.loads(outcome.stdout)
-    graph, disk = plan.pop("graph"), plan.pop("disk")
-    assert (keys_within(plan) | {"graph", "disk"}) - fields_named("plan") == set()
-    assert all(f"`{name}`" in section("plan") for name in [*graph, *disk])
+    data, disk = plan.pop("data"), plan.pop("disk")
+    assert (keys_within(plan) | {"data", "disk"}) - fields_named("plan") == set()
+    assert all(f"`{name}`" in section("plan") for name in [*data, *disk])
 
 
 def test_every_field_that_doctor_writes_is_on_the_page():

@@ -54,8 +54,8 @@ def test_the_reader_of_imports_sees_them():
     assert "gist.partition.samplers" in imports(ROOT / "config.py")
     assert any(within(name, "gist.execution") for name in imports(ROOT / "trainer.py"))
     assert len(files("gist.partition")) > 8
-    assert files("gist.graph")
-    assert files("gist.execution")
+    packages = ("graph", "samples", "catalog", "execution", "nn", "costs", "methods", "families")
+    assert all(files(f"gist.{package}") for package in packages)
 
 
 def test_the_engine_imports_nothing_but_itself_and_errors():
@@ -65,6 +65,16 @@ def test_the_engine_imports_nothing_but_itself_and_errors():
 def test_execution_and_graph_do_not_know_each_other():
     assert offenders("gist.execution", banned=("gist.graph",)) == []
     assert offenders("gist.graph", banned=("gist.execution",)) == []
+
+
+def test_samples_know_neither_graphs_nor_executors_nor_the_reverse():
+    assert offenders("gist.samples", banned=("gist.graph", "gist.execution")) == []
+    assert offenders("gist.graph", banned=("gist.samples",)) == []
+    assert offenders("gist.execution", banned=("gist.samples",)) == []
+
+
+def test_the_catalog_stands_on_errors_and_metrics():
+    assert offenders("gist.catalog", allowed=("gist.catalog", "gist.errors", "gist.metrics")) == []
 
 
 def test_execution_stands_on_settings_and_the_engine():
@@ -78,10 +88,14 @@ def test_settings_and_errors_stand_at_the_bottom():
     assert offenders("gist.plan", allowed=("gist.errors", "gist.config")) == []
 
 
-@pytest.mark.parametrize("top", ["gist.cli", "gist.methods", "gist.baselines"])
+@pytest.mark.parametrize("top", ["gist.cli", "gist.families", "gist.methods", "gist.baselines"])
 def test_what_sits_on_top_is_not_imported_below(top):
-    below = ("partition", "execution", "graph", "nn")
+    below = ("partition", "execution", "graph", "samples", "catalog", "nn", "costs", "trainer")
     assert [o for package in below for o in offenders(f"gist.{package}", banned=(top,))] == []
+
+
+def test_methods_do_not_know_what_experiments_are_made_of_by_name():
+    assert offenders("gist.methods", banned=("gist.families", "gist.baselines")) == []
 
 
 def test_nobody_imports_the_command_line():

@@ -107,7 +107,7 @@ class Samples(Family):
         return {**chosen, "num_subnets": subnets}
 
     def adapt(self, method: str, settings: Settings) -> Settings:
-        """See :meth:`Family.adapt`: replicas that saw the same batches would be one model."""
+        """See :meth:`Family.adapt`."""
         fitting = _FITTING.get(method)
         if fitting is not None and settings["model"] not in fitting:
             raise ConfigError(
@@ -115,8 +115,6 @@ class Samples(Family):
                 got=f"model={settings['model']!r}",
                 expected=" or ".join(fitting),
             )
-        if method == "local-sgd" and settings.get("executor") != "stacked":
-            settings = {"shared_batches": False, **settings}
         return super().adapt(method, settings)
 
     def build_model(self, data: Any, *, seed: int = 0, **settings: Any) -> nn.Module:

@@ -75,6 +75,12 @@ class ResISTTrainer(SampleTrainer):
         **own: Any,
     ) -> TrainConfig:
         """See :meth:`SampleTrainer.adapt`."""
+        for name, value, least in (
+            ("min_blocks", min_blocks, 1),
+            ("warmup_rounds", warmup_rounds, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} must be a whole number from {least} on", got=repr(value))
         sampler = Overlapping(min_units=min_blocks, warmup_rounds=warmup_rounds)
         if config.sampler == TrainConfig().sampler:
             return replace(config, sampler=sampler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from gist.config import SampleConfig, TrainConfig, split_settings
 from gist.costs.room import Room, find_room
 from gist.errors import ConfigError
 from gist.execution.distributed import ShardedStore
+from gist.partition.samplers import Whole
 from gist.partition.wiring import Wiring
 from gist.plan import RoundPlan
 from gist.samples.data import SampleData
@@ -68,6 +70,12 @@ class SampleTrainer(SubnetTrainer):
     ) -> None:
         if not isinstance(data, LoaderData):
             data = SampleData.of(data)
+        elif "batch_size" in settings:
+            raise ConfigError(
+                "batches are those of the loaders",
+                got=f"batch_size={settings['batch_size']} with {type(data).__name__}",
+                remedy="leave it out, and give it to the DataLoader",
+            )
         self.data = data
         known, config, self.sample_config = self.choose(settings, config)
         objective = SampleObjective(
@@ -99,6 +107,12 @@ class SampleTrainer(SubnetTrainer):
         sample_config = SampleConfig(**samples)
         if config is None:
             if sample_config.shards:
+                if training.get("executor") == "stacked":
+                    raise ConfigError(
+                        "subnets with shards of their own cannot run side by side",
+                        got="shards=True, executor='stacked'",
+                        remedy="leave one of them out",
+                    )
                 training.setdefault("shared_batches", False)
             config = TrainConfig.from_settings(cls.with_defaults(training))
         if sample_config.shards and (config.shared_batches or len(config.phases) > 1):
@@ -108,6 +122,9 @@ class SampleTrainer(SubnetTrainer):
                 expected="shared_batches=False and one number of subnets",
                 remedy="or leave shards out",
             )
+        replicas = isinstance(config.sampler, Whole) and config.executor != "stacked"
+        if replicas and config.shared_batches is None:  # on the same batches they were one model
+            config = replace(config, shared_batches=False)
         own = {name: settings[name] for name in cls.own_settings if name in settings}
         return cls.wiring_for(**own), cls.adapt(config, **own), sample_config
 

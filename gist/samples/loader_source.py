@@ -1,4 +1,4 @@
-"""Torch ``DataLoader``s as batches for subnet training.
+"""Torch ``DataLoader`` objects as batches for subnet training.
 
 Shape legend: ``m`` subnets, ζ local steps.
 """

@@ -1,4 +1,4 @@
-"""Pairs of inputs and labels from torch ``DataLoader``s.
+"""Pairs of inputs and labels from torch ``DataLoader`` objects.
 
 Shape legend: ``B`` samples of a batch, ``C`` output columns, ``L`` labels.
 """

@@ -57,7 +57,8 @@ def test_baselines_train_any_model(method, model):
 
 
 def test_replicas_of_local_sgd_see_batches_of_their_own():
-    assert run("local-sgd", num_subnets=2).resolved()["shared_batches"] is False
+    trainer = run("local-sgd", num_subnets=2).trainer(DIGITS)
+    assert trainer.config.shared_batches is False
 
 
 def test_a_model_is_drawn_from_the_seed_alone():

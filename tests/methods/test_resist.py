@@ -112,11 +112,12 @@ def test_only_one_program_is_kept():
     ("settings", "match"),
     [
         ({"stages": "stages.1"}, "sequence of names"),
-        ({"min_blocks": 0}, "min_units"),
+        ({"min_blocks": 0}, "min_blocks must be"),
         ({"warmup_rounds": -1}, "warmup_rounds"),
         ({"sampler": Whole(), "min_blocks": 2}, "make the sampler of ResIST"),
         ({"blocks": 2}, "unknown setting 'blocks'"),
         ({"shards": True, "num_subnets": [(0.5, 2), (0.5, 1)]}, "has a shard"),
+        ({"shards": True, "executor": "stacked"}, "shards of their own cannot run side by side"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(settings, match):
