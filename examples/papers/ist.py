@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from table_rows import options, run, settings, show, start
+
 from gist.experiment import Experiment
-from runs import options, run, settings, show, start
 
 PAPER = {
     (2, "data-parallel", 8): 79.38,

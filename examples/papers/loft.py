@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table_rows import image_options, images, of_runs, run, say, settings, show, start
 
 from gist import FilterRanks, LoFTTrainer, find_ticket, partition_spec, wire_filters
 from gist.experiment import Experiment
 from gist.plots import distance_heatmap, save_figure
-from runs import image_options, images, of_runs, run, say, settings, show, start
 
 PAPER = {
     (1, 0.0): 93.51,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from table_rows import image_options, images, run, settings, show, start
+
 from gist.experiment import Experiment
-from runs import image_options, images, run, settings, show, start
 
 PAPER = {
     ("local-sgd", 2): 92.36,

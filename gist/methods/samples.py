@@ -106,22 +106,17 @@ class SampleTrainer(SubnetTrainer):
             raise ConfigError("give either config or settings", got=sorted(training))
         sample_config = SampleConfig(**samples)
         if config is None:
-            if sample_config.shards:
-                if training.get("executor") == "stacked":
-                    raise ConfigError(
-                        "subnets with shards of their own cannot run side by side",
-                        got="shards=True, executor='stacked'",
-                        remedy="leave one of them out",
-                    )
-                training.setdefault("shared_batches", False)
             config = TrainConfig.from_settings(cls.with_defaults(training))
-        if sample_config.shards and (config.shared_batches or len(config.phases) > 1):
-            raise ConfigError(
-                "each of a fixed number of subnets has a shard, and batches of its own from it",
-                got=f"shared_batches={config.shared_batches}, num_subnets={config.num_subnets}",
-                expected="shared_batches=False and one number of subnets",
-                remedy="or leave shards out",
-            )
+        if sample_config.shards:
+            if config.executor == "stacked" or config.shared_batches or len(config.phases) > 1:
+                raise ConfigError(
+                    "each of a fixed number of subnets has a shard, and batches of its own from it",
+                    got=f"executor={config.executor!r}, shared_batches={config.shared_batches}, "
+                    f"num_subnets={config.num_subnets}",
+                    expected="subnets one after the other, and one number of them",
+                    remedy="or leave shards out",
+                )
+            config = replace(config, shared_batches=False)
         replicas = isinstance(config.sampler, Whole) and config.executor != "stacked"
         if replicas and config.shared_batches is None:  # on the same batches they were one model
             config = replace(config, shared_batches=False)

@@ -108,7 +108,7 @@ CASES = {
     "resist": Case(
         trainer=ResISTTrainer,
         model=resnet,
-        settings={"num_subnets": 2, "min_blocks": 2, "warmup_rounds": 1, "lr": 0.05},
+        settings={"num_subnets": 4, "min_blocks": 2, "warmup_rounds": 1, "lr": 0.05},
     ),
     "resist, more subnets than blocks": Case(
         trainer=ResISTTrainer,
