@@ -53,7 +53,7 @@ def main() -> None:
         )
         data = experiment.load_data() if data is None else data
         row, trainers = run(
-            experiment, data, seeds=parsed.seeds, paper=PAPER.get((m, 0.0)), watch=FilterRanks
+            experiment, data, seeds=parsed.seeds, paper=paper.get((m, 0.0)), watch=FilterRanks
         )
         rows.append(row)
         budget = trainers[0].history[-1].epochs
