@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument(
         "--networks", nargs="+", default=["2x4096", "3x8192"], help="LAYERSxWIDTH of each network"
     )
+    parser.add_argument("--methods", nargs="+", default=["data-parallel", "local-sgd", "ist"])
     parsed = parser.parse_args()
     if parsed.quick:
         parsed.dataset, parsed.seeds, parsed.subnets = "digits-images", 1, [2]
@@ -44,9 +45,7 @@ def main() -> None:
     data: Any = None
     for network in parsed.networks:
         layers, width = map(int, network.split("x"))
-        runs = [("full", 1)] + [
-            (method, m) for method in ("data-parallel", "local-sgd", "ist") for m in parsed.subnets
-        ]
+        runs = [("full", 1), *((method, m) for method in parsed.methods for m in parsed.subnets)]
         for method, m in runs:
             experiment = Experiment(
                 dataset=parsed.dataset,
