@@ -165,7 +165,7 @@ def curves(runs: LabelledRuns, *, metric: str = "metric") -> Figure:
 
 
 def distance_heatmap(distances: Mapping[str, Sequence[float]], epochs: Sequence[float]) -> Figure:
-    """How far rankings of filters were from their last one, round by round (LoFT, figure 4).
+    """How far rankings of filters were from their last one, round by round (LoFT).
 
     Args:
         distances: For each group its distances, one for each round, as

@@ -53,6 +53,7 @@ from gist.partition.transfer import held_entries
 from gist.partition.wiring import Wiring, partition_spec
 from gist.plan import RoundPlan, plan_rounds
 from gist.progress import RoundProgress
+from gist.samples.objective import SampleObjective
 from gist.spread import SpreadEvaluation, is_spread
 from gist.termination import Termination, restarts
 from gist.verify import small_model, verify_grouping, verify_wiring
@@ -407,7 +408,22 @@ class SubnetTrainer:
 
     def _find_room(self) -> Room | None:
         """What the run takes in memory, and what it may take; None where that is not known."""
-        return None
+        return self._room_for(self.config)
+
+    def _room_for(self, config: TrainConfig, *, shards: bool = True) -> Room | None:
+        """See :func:`~gist.costs.room.find_room`, which knows graphs and samples."""
+        if not isinstance(self.objective, GraphObjective | SampleObjective):
+            return None
+        return find_room(
+            self.model,
+            self.spec,
+            self.objective,
+            config,
+            self.device,
+            comm=self.comm,
+            shards=shards,
+            say=self._say,
+        )
 
     @contextmanager
     def _room_kept(self) -> Iterator[None]:
@@ -608,6 +624,7 @@ class SubnetTrainer:
         if isinstance(self.executor, AutoExecutor):
             self.executor.restore_choices(found.state["executor_choices"])
         self._restore_more(found.state)
+        self._loaded_shares = None
         self.history = [RoundRecord(**record) for record in found.state["history"]]
         best = found.state["best_round"]
         self.best = None if best is None else self.history[best]
@@ -757,18 +774,6 @@ class GISTTrainer(SubnetTrainer):
     def metric(self) -> str:
         """Name of the data's metric."""
         return self.data.metric
-
-    def _find_room(self) -> Room | None:
-        assert isinstance(self.objective, GraphObjective)
-        return find_room(
-            self.model,
-            self.spec,
-            self.objective,
-            self.config,
-            self.device,
-            comm=self.comm,
-            say=self._say,
-        )
 
     def settings(self) -> dict[str, Any]:
         """The settings of the run, of training and graph, as JSON values."""

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gist.baselines.memory import require_memory
 from gist.config import TrainConfig
-from gist.costs.room import Room, find_room
+from gist.costs.room import Room
 from gist.errors import ConfigError
 from gist.execution.comm import Comm
 from gist.execution.executor import Executor, RoundReport
@@ -29,7 +29,6 @@ from gist.execution.program import Program
 from gist.execution.serial import SerialExecutor
 from gist.execution.store import MemoryStore
 from gist.execution.tensorfile import write_tensors
-from gist.graph.objective import GraphObjective
 from gist.methods.samples import SampleTrainer
 from gist.partition.assignment import Assignment
 from gist.partition.samplers import Whole
@@ -37,7 +36,6 @@ from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.streams import ResumedStream
 from gist.partition.wiring import Wiring
 from gist.plan import RoundPlan
-from gist.samples.objective import SampleObjective
 from gist.trainer import GISTTrainer, SubnetTrainer
 
 _SYNC_BUFFERS = "broadcast_buffers"
@@ -66,18 +64,7 @@ class _DataParallel(SubnetTrainer):
         require_even_shares(self.config, self.comm.size)
 
     def _find_room(self) -> Room | None:
-        assert isinstance(self.objective, GraphObjective | SampleObjective)
-        whole = replace(self.config, num_subnets=1)
-        return find_room(
-            self.model,
-            self.spec,
-            self.objective,
-            whole,
-            self.device,
-            comm=self.comm,
-            shards=False,
-            say=self._say,
-        )
+        return self._room_for(replace(self.config, num_subnets=1), shards=False)
 
     def _make_store(self) -> ReplicatedStore:
         require_memory(self.model, self.config)

@@ -15,7 +15,7 @@ from gist.errors import ConfigError, PartitionError
 from gist.methods.samples import SampleTrainer
 from gist.partition.depth import fold_depth
 from gist.partition.residual_wiring import wire_blocks
-from gist.partition.samplers import Overlapping, Whole
+from gist.partition.samplers import DisjointUniform, Overlapping, Whole
 from gist.partition.wiring import Wiring
 
 
@@ -82,7 +82,7 @@ class ResISTTrainer(SampleTrainer):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be a whole number from {least} on", got=repr(value))
         sampler = Overlapping(min_units=min_blocks, warmup_rounds=warmup_rounds)
-        if config.sampler == TrainConfig().sampler:
+        if type(config.sampler) is DisjointUniform:
             return replace(config, sampler=sampler)
         if sampler != Overlapping():
             raise ConfigError(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from gist.config import SampleConfig, TrainConfig, split_settings
-from gist.costs.room import Room, find_room
 from gist.errors import ConfigError
 from gist.execution.distributed import ShardedStore
 from gist.partition.samplers import Whole
@@ -143,18 +142,6 @@ class SampleTrainer(SubnetTrainer):
     def metric(self) -> str:
         """Name of the data's metric."""
         return self.data.metric
-
-    def _find_room(self) -> Room | None:
-        assert isinstance(self.objective, SampleObjective)
-        return find_room(
-            self.model,
-            self.spec,
-            self.objective,
-            self.config,
-            self.device,
-            comm=self.comm,
-            say=self._say,
-        )
 
     def _statistics_batches(self, plan: RoundPlan) -> Iterable[Any]:
         """See :meth:`SubnetTrainer._statistics_batches`; of a series, the next, yet to be drawn."""

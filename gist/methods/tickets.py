@@ -68,7 +68,7 @@ def ranking_distance(before: Tensor, after: Tensor) -> float:
     """How far a ranking of filters moved, the first ranks counting most.
 
     ``F(σ) = Σ_i (1/i) |ln i - ln σ(i)|``, with ``σ(i)`` the new rank of the filter of rank ``i``
-    (LoFT, section 3). Not symmetric.
+    (LoFT). Not symmetric.
 
     Args:
         before: ``[N]`` units, 0 to N - 1, by rank.
