@@ -16,6 +16,7 @@ from gist.errors import (
     WorkerLostError,
 )
 from gist.execution.comm import local_device
+from gist.federated.trainer import FederatedTrainer
 from gist.graph.adjacency import Adjacency
 from gist.graph.batch import BatchRecipe, BatchSource, FullGraph, GraphBatch
 from gist.graph.clusters import Cluster
@@ -27,6 +28,7 @@ from gist.graph.loaders import PyGLoader
 from gist.graph.outline import GraphShape
 from gist.history import RoundRecord, TrainResult
 from gist.methods import ISTTrainer, LoFTTrainer, ResISTTrainer, SampleTrainer
+from gist.methods.asyncdrop import AsyncDropTrainer
 from gist.methods.tickets import FilterRanks, Ticket, find_ticket, ranking_distance
 from gist.partition.builder import Layer, SpecBuilder
 from gist.partition.residual_wiring import wire_blocks, wire_filters
@@ -56,6 +58,7 @@ __version__ = "0.2.0"
 __all__ = [
     "LADIES",
     "Adjacency",
+    "AsyncDropTrainer",
     "Axis",
     "BatchRecipe",
     "BatchSource",
@@ -69,6 +72,7 @@ __all__ = [
     "DisjointUniform",
     "DivergedError",
     "FastGCN",
+    "FederatedTrainer",
     "FilterRanks",
     "Fixed",
     "FullGraph",

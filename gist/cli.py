@@ -40,7 +40,11 @@ from gist.datasets import find_card, load_dataset, prepare_dataset
 from gist.errors import ConfigError, GistError
 from gist.execution.comm import is_launched, local_device
 from gist.experiment import BASELINES, METHODS, MODELS, Experiment, plan_run
+from gist.families.federated import FEDERATED_SETTINGS
 from gist.families.graphs import HEADS
+from gist.federated.fleet import FLEETS
+from gist.federated.splits import SPLITS
+from gist.federated.strategies import STRATEGIES
 from gist.graph.clusters import Cluster
 from gist.graph.data import GraphData
 from gist.graph.layout import keep_layout, keep_training_graph
@@ -128,6 +132,28 @@ MinBlocks = Annotated[
 WarmupRounds = Annotated[
     int | None, typer.Option(help="resist: rounds at the start with whole models, by local SGD.")
 ]
+ClientsOption = Annotated[int | None, typer.Option("--clients", help="federated: how many.")]
+InFlight = Annotated[int | None, typer.Option(help="federated: clients that work at a time.")]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", help=f"federated: who has which data: {', '.join(SPLITS)}.")
+]
+FleetOption = Annotated[
+    str | None, typer.Option("--fleet", help=f"federated: clients' speeds: {', '.join(FLEETS)}.")
+]
+StrategyOption = Annotated[
+    str | None, typer.Option("--strategy", help=f"federated: one of {', '.join(STRATEGIES)}.")
+]
+Capacity = Annotated[
+    str | None,
+    typer.Option(help="federated: share of the units that a client trains, or levels with commas."),
+]
+Duration = Annotated[
+    float | None, typer.Option(help="federated: the budget as seconds of the clock.")
+]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option("--timeout", help="federated: seconds to wait for a client."),
+]
 ClipNorm = Annotated[float | None, typer.Option(help="Largest gradient norm.")]
 EarlyStopping = Annotated[
     int | None, typer.Option(help="Stop after so many evaluations without improvement.")
@@ -214,6 +240,14 @@ def train(
     stages: Stages = None,
     min_blocks: MinBlocks = None,
     warmup_rounds: WarmupRounds = None,
+    strategy: StrategyOption = None,
+    clients: ClientsOption = None,
+    in_flight: InFlight = None,
+    split: SplitOption = None,
+    fleet: FleetOption = None,
+    capacity: Capacity = None,
+    duration: Duration = None,
+    timeout: TimeoutOption = None,
     executor: ExecutorOption = None,
     shared_batches: SharedBatches = None,
     memory_limit: MemoryLimit = None,
@@ -288,8 +322,11 @@ def train(
         write_run_config(out, summary)
     _write_json(json_file, summary)
     if json_file != Path("-"):
+        of = f"m = {_subnets_text(trainer.config.num_subnets)}"
+        if (clock := trainer.history[-1].clock) is not None:
+            of = f"{len(trainer.history)} merges in {clock:,.0f} s of the clock"
         _console.print(
-            f"{dataset}, {experiment.method}, m = {_subnets_text(trainer.config.num_subnets)}: "
+            f"{dataset}, {experiment.method}, {of}: "
             f"{trainer.metric} "
             f"[bold]{100 * result.test_metric:.2f}%[/] test, "
             f"{100 * result.val_metric:.2f}% validation (round {result.best.round + 1} of "
@@ -452,7 +489,10 @@ def _takes_options_of(
 
 
 @app.command()
-@_takes_options_of(train, without=("resume", "max_restarts", "backend", "worker_timeout"))
+@_takes_options_of(
+    train,
+    without=("resume", "max_restarts", "backend", "worker_timeout", *FEDERATED_SETTINGS),
+)
 def plan(
     dataset: Annotated[
         str | None,
@@ -599,6 +639,7 @@ _TRAIN_SETTINGS = (
     "stages",
     "min_blocks",
     "warmup_rounds",
+    *FEDERATED_SETTINGS,
     "executor",
     "shared_batches",
     "memory_limit",
@@ -625,6 +666,8 @@ def _given(parameters: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]
         given["out"] = str(given["out"])
     if "stages" in given:
         given["stages"] = tuple(given["stages"].split(","))
+    if "capacity" in given:
+        given["capacity"] = _numbers("capacity", given["capacity"])
     if given.get("capacities", "measured") != "measured":
         given["capacities"] = _numbers("capacities", given["capacities"])
     return given

@@ -15,7 +15,9 @@ from rich.table import Table
 
 from gist.checkpoint import write_atomically
 from gist.config import SubnetSchedule
+from gist.errors import ConfigError
 from gist.experiment import Experiment
+from gist.families.federated import FEDERATED
 from gist.metrics import one_of
 from gist.plan import plan_rounds
 
@@ -58,6 +60,13 @@ def compare(
     Raises:
         ConfigError: an unknown baseline, or a setting that cannot be used.
     """
+    if base.method in FEDERATED:
+        raise ConfigError(
+            "a comparison is of numbers of subnets, which federated training does not have",
+            got=f"method={base.method!r}",
+            remedy="run `gist train --method federated --strategy ...` for each strategy, and "
+            "`gist report` on all of them",
+        )
     for name in baselines:
         one_of("baseline", name, base.family.baselines)
     data = base.load_data()

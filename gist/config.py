@@ -368,6 +368,61 @@ class SampleConfig:
         return dict(vars(self))
 
 
+@dataclass(frozen=True, kw_only=True)
+class FederatedConfig:
+    """Settings of the clients and the clock of a federated run.
+
+    Attributes:
+        clients: How many there are.
+        in_flight: How many work at a time; for a synchronous strategy, its cohort.
+        split: Who has which data: ``"label-shards"``, ``"dirichlet"`` or ``"iid"``; for a graph,
+            of the labels of its nodes, or ``"clusters"`` that METIS cuts; or a
+            :class:`~gist.federated.splits.Split`.
+        fleet: How fast clients are: ``"lognormal"``, ``"uniform"``, ``"asyncdrop"``, or a
+            :class:`~gist.federated.fleet.Fleet`.
+        strategy: Name of one of :data:`~gist.federated.strategies.STRATEGIES`, or a
+            :class:`~gist.federated.strategies.Strategy`.
+        capacity: Share of the units that a client can train, or levels of it, the fastest clients'
+            first; None for the strategy's.
+        duration: The budget, as seconds of the clock.
+        timeout: Seconds after which the server stops to wait for an answer; None for never, but
+            for clients that are lost, whose place is given away after twice their time.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+
+    clients: int = 100
+    in_flight: int = 10
+    split: Any = "label-shards"
+    fleet: Any = "lognormal"
+    strategy: Any = "asyncdrop"
+    capacity: float | Sequence[float] | None = None
+    duration: float | None = None
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "in_flight"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and hasattr(value, "__index__"):
+                object.__setattr__(self, name, operator.index(value))
+            _require_count(name, getattr(self, name))
+        if self.in_flight > self.clients:
+            raise ConfigError(
+                "more clients cannot be at work than there are",
+                got=f"in_flight={self.in_flight}, clients={self.clients}",
+            )
+        for name in ("duration", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number of seconds", got=repr(value))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; objects by their text."""
+        plain = (int, float, str, type(None), list, tuple)
+        return {k: v if isinstance(v, plain) else repr(v) for k, v in vars(self).items()}
+
+
 def split_settings(settings: dict[str, Any], *kinds: Any) -> list[dict[str, Any]]:
     """Keyword arguments, dealt to the config classes that know them.
 

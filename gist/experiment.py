@@ -21,6 +21,7 @@ from gist.errors import ConfigError
 from gist.execution.comm import is_launched
 from gist.execution.initialise import initialise, place_model
 from gist.families.family import Family
+from gist.families.federated import FEDERATED
 from gist.families.graphs import Graphs
 from gist.families.samples import Samples
 from gist.graph.data import GraphData
@@ -34,7 +35,9 @@ FAMILIES: tuple[Family, ...] = (Graphs(), Samples())
 
 MODELS = tuple(name for family in FAMILIES for name in family.models)
 BASELINES = tuple(dict.fromkeys(name for family in FAMILIES for name in family.baselines))
-METHODS = (*(name for family in FAMILIES for name in family.methods), "full", *BASELINES)
+METHODS = tuple(
+    dict.fromkeys([*(name for family in FAMILIES for name in family.methods), "full", *BASELINES])
+)
 
 LARGE_MODEL_BYTES = 2**28
 """A larger model is drawn by :func:`~gist.execution.initialise.initialise`, wherever it lives, so
@@ -59,8 +62,9 @@ class Experiment:
 
     Attributes:
         dataset: As :func:`gist.load_dataset` takes it: a name, or the path of a saved graph.
-        method: ``"gist"`` for graphs; ``"ist"``, ``"resist"`` or ``"loft"`` for samples; ``"full"``
-            for ordinary training of the whole model; or a baseline, of which ``num_subnets`` says
+        method: ``"gist"`` for graphs; ``"ist"``, ``"resist"`` or ``"loft"`` for samples;
+            ``"asyncdrop"`` or ``"federated"``, with a ``strategy``, for both; ``"full"`` for
+            ordinary training of the whole model; or a baseline, of which ``num_subnets`` says
             how many replicas, batches per step or members there are. None takes the one that the
             data, and the model, are made for.
         data_options: Options of the dataset.
@@ -181,6 +185,7 @@ class Experiment:
             "seed": self.seed,
             "metric": trainer.metric,
             **{k: v for k, v in result.to_json().items() if k != "best"},
+            **trainer.more_results(),
             "best_round": result.best.round,
             "rounds": len(result.history),
             "evaluations": sum(record.val_metric is not None for record in result.history),
@@ -222,6 +227,12 @@ def plan_run(
     """
     options, given = dict(data_options or {}), dict(settings or {})
     family = family_of(dataset, options)
+    if method in FEDERATED:
+        raise ConfigError(
+            "federated training is not planned: its clock runs before anything is trained",
+            got=f"method={method!r}",
+            remedy="make the trainer, and look at trainer.timeline",
+        )
     if method in {*family.baselines} - {*family.plannable}:
         ours = family.methods[0]
         raise ConfigError(

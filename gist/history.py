@@ -31,6 +31,8 @@ class RoundRecord:
         repartition_seconds: Extracting and merging so far, part of ``seconds``.
         bytes_sent: By this worker to others so far, in exchanges of rounds.
         bytes_received: By this worker from others so far, likewise.
+        clock: Of a federated run: seconds of its clock so far. There, bytes sent are those to
+            clients, and bytes received those from them.
     """
 
     round: int
@@ -48,6 +50,7 @@ class RoundRecord:
     repartition_seconds: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
+    clock: float | None = None
 
     def is_better_than(self, other: RoundRecord | None) -> bool:
         """A higher validation metric, or the same with a lower validation loss."""

@@ -132,9 +132,9 @@ class SubnetTrainer:
         self.model, self.objective = model, objective
         self.spec: PartitionSpec = partition_spec(model, wiring)
         self._check_subnets()
-        self.rounds = plan_rounds(self.config, objective.steps_per_epoch)
         small = small_model(model, self.spec, self.config.seed)
         objective.check(small)
+        self.rounds = self._plan()
         self.room = least_room(self.comm, self._find_room())
         inputs, keywords = objective.sample_inputs(small)
         self.wiring_error = verify_wiring(
@@ -251,6 +251,7 @@ class SubnetTrainer:
             + (last.repartition_seconds if last else 0.0),
             bytes_sent=report.bytes_sent + (last.bytes_sent if last else 0),
             bytes_received=report.bytes_received + (last.bytes_received if last else 0),
+            clock=report.clock,
         )
         self.history.append(record)
         is_last = plan.index == len(self.rounds) - 1
@@ -260,6 +261,10 @@ class SubnetTrainer:
         if every is not None and (plan.index + 1) % every == 0:
             self.save_checkpoint()
         return self.history[-1]
+
+    def _plan(self) -> list[RoundPlan]:
+        """The plan of every round."""
+        return plan_rounds(self.config, self.objective.steps_per_epoch)
 
     def assign(self, plan: RoundPlan) -> Assignment:
         """The assignment of a round: a function of (seed, round), and capacities, alone."""
@@ -580,6 +585,10 @@ class SubnetTrainer:
             + sum(tensor.nbytes for tensor in state.values()) * self.comm.size,
             comm=self.comm,
         )
+
+    def more_results(self) -> dict[str, Any]:
+        """What a run is judged by besides its :attr:`result`, as JSON values."""
+        return {}
 
     def _more_choices(self) -> dict[str, Any]:
         """What else was decided on this machine and is to stay as it is when the run is resumed."""

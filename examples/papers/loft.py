@@ -1,9 +1,9 @@
 """Tickets of LoFT on CIFAR-10: filters ranked after training in subnets, pruned, and fine-tuned.
 
 The LoFT paper (Wang et al., AISTATS 2023) prunes a PreActResNet-34 by 80% and 50%; its accuracies
-after fine-tuning stand beside. Tickets of the whole model, trained on the same budget and
-fine-tuned as long, are what they are compared with; tickets that are rewound to their first values
-and trained anew show what the chosen filters are worth.
+after fine-tuning stand beside. Whole models and local SGD train on the same budget; tickets of the
+whole model, fine-tuned as long, are what those of LoFT are compared with; tickets that are rewound
+to their first values and trained anew show what the chosen filters are worth.
 
     python examples/papers/loft.py
 """
@@ -33,6 +33,7 @@ PAPER = {
 def main() -> None:
     """Prints the table."""
     parser = image_options(__doc__, "preact-resnet20")
+    parser.add_argument("--methods", nargs="+", default=["local-sgd", "loft"])
     parser.add_argument("--pruned", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--finetune-epochs", type=float, help="a quarter of the budget by default")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how rankings settled")
@@ -44,7 +45,7 @@ def main() -> None:
     paper = {} if parsed.quick else PAPER
     rows = []
     data: Any = None
-    for method, m in [("full", 1), *(("loft", m) for m in parsed.subnets)]:
+    for method, m in [("full", 1), *((k, m) for k in parsed.methods for m in parsed.subnets)]:
         experiment = Experiment(
             dataset=dataset,
             method=method,
@@ -53,9 +54,15 @@ def main() -> None:
         )
         data = experiment.load_data() if data is None else data
         row, trainers = run(
-            experiment, data, seeds=parsed.seeds, paper=paper.get((m, 0.0)), watch=FilterRanks
+            experiment,
+            data,
+            seeds=parsed.seeds,
+            paper=paper.get((m, 0.0)),
+            watch=None if method == "local-sgd" else FilterRanks,
         )
         rows.append(row)
+        if method == "local-sgd":
+            continue
         budget = trainers[0].history[-1].epochs
         tuning = parsed.finetune_epochs or budget / 4
         for share in parsed.pruned:

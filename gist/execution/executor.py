@@ -23,12 +23,14 @@ class RoundReport:
             what it waited for them.
         bytes_sent: By this process to others.
         bytes_received: By this process from others.
+        clock: Seconds of a clock that is counted, at the end of the round; None where there is none.
     """
 
     train_loss: float
     repartition_seconds: float
     bytes_sent: int = 0
     bytes_received: int = 0
+    clock: float | None = None
 
 
 class Executor(Protocol):

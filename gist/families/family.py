@@ -17,6 +17,7 @@ from gist.baselines.local_sgd import local_sgd_settings
 from gist.config import TrainConfig, split_settings
 from gist.costs.costs import Costs
 from gist.errors import ConfigError
+from gist.families.federated import FEDERATED, federated_config, federated_settings
 from gist.trainer import SubnetTrainer
 
 Settings = dict[str, Any]
@@ -43,7 +44,7 @@ class Family(ABC):
         model_settings: Settings of :meth:`build_model`.
         data_config: Class of the settings of the data side.
         plannable: Methods that can be planned.
-        own_settings: Settings that one method alone has, by name, with that method.
+        own_settings: Settings that some methods alone have, by name, with these methods.
         what: What the data are called in messages.
     """
 
@@ -53,7 +54,7 @@ class Family(ABC):
     model_settings: tuple[str, ...]
     data_config: type
     plannable: tuple[str, ...]
-    own_settings: Mapping[str, str] = {}
+    own_settings: Mapping[str, tuple[str, ...]] = {}
     what: str
 
     @abstractmethod
@@ -139,15 +140,18 @@ class Family(ABC):
                         got=f"{name}={settings[name]!r}",
                         remedy="leave it out",
                     )
-            if self.own_settings.get(name, method) != method:
+            owners = self.own_settings.get(name, (method,))
+            if method not in owners:
                 raise ConfigError(
-                    f"{name} is a setting of method {self.own_settings[name]!r}",
+                    f"{name} is a setting of method {' or '.join(map(repr, owners))}",
                     got=f"{name}={settings[name]!r} with {method!r}",
                     remedy="leave it out",
                 )
 
     def adapt(self, method: str, settings: Settings) -> Settings:
         """All settings of a run, changed as its method wants them."""
+        if method in FEDERATED:
+            return federated_settings(method, settings)
         return CHANGES[method](settings) if method in CHANGES else settings
 
     def training_config(self, method: str, settings: Mapping[str, Any]) -> TrainConfig:
@@ -157,6 +161,8 @@ class Family(ABC):
             ConfigError: one of them.
         """
         given = {k: v for k, v in settings.items() if k not in self.model_settings}
+        if method in FEDERATED:
+            return federated_config(given, self.data_config)
         data, training = split_settings(given, self.data_config, TrainConfig)
         self.data_config(**data)
         return TrainConfig.from_settings(training)

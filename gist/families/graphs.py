@@ -18,6 +18,8 @@ from gist.costs.costs import Costs
 from gist.costs.estimate import estimate_costs
 from gist.errors import ConfigError
 from gist.families.family import WHOLE, Family, Settings
+from gist.families.federated import FEDERATED, FEDERATED_SETTINGS
+from gist.federated.trainer import FederatedTrainer
 from gist.graph.data import GraphData
 from gist.graph.datasets import find_card
 from gist.graph.outline import GraphShape
@@ -37,12 +39,13 @@ _MEASURED_WITH = {"num_subnets", "hidden", "epochs", "rounds", "fast_dev_run"}
 class Graphs(Family):
     """See :class:`~gist.families.family.Family`."""
 
-    methods = ("gist",)
+    methods = ("gist", *FEDERATED)
     baselines = ("local-sgd", "data-parallel", "ensemble")
     models = ("gcn", "sage", "sage-concat", "gat", "gatv2")
     model_settings = ("model", "hidden", "layers", "norm", "dropout", "heads")
     data_config = GraphConfig
     plannable = ("gist", "full", "local-sgd")
+    own_settings = FEDERATED_SETTINGS
     what = "graphs"
 
     def method_for(self, dataset: str, settings: Mapping[str, Any]) -> str:
@@ -53,7 +56,8 @@ class Graphs(Family):
         self, dataset: str, method: str, settings: Mapping[str, Any], beside: str | None = None
     ) -> Settings:
         """See :meth:`Family.defaults`: from the card; a saved graph has none."""
-        subnets = settings.get("num_subnets", TrainConfig.num_subnets)
+        usual = 1 if method in FEDERATED else TrainConfig.num_subnets
+        subnets = settings.get("num_subnets", usual)
         card = find_card(dataset)
         if card is None:
             parameters = inspect.signature(build_model).parameters
@@ -64,8 +68,10 @@ class Graphs(Family):
             subnets = card.settings.defaults.num_subnets or subnets
         most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
         chosen = card.settings_for(1 if method in WHOLE else most)
+        if method in FEDERATED:
+            chosen = {name: chosen[name] for name in chosen if name in self.model_settings}
         if "rounds" in settings:
-            del chosen["epochs"]
+            chosen.pop("epochs", None)
         return {**chosen, "num_subnets": subnets}
 
     def adapt(self, method: str, settings: Settings) -> Settings:
@@ -83,6 +89,8 @@ class Graphs(Family):
         self, method: str, model: nn.Module, data: Any, settings: Settings, beside: str | None
     ) -> SubnetTrainer:
         """See :meth:`Family.make_trainer`."""
+        if method in FEDERATED:
+            return FederatedTrainer(model, data, **settings)
         kinds = {"data-parallel": DataParallelTrainer, "ensemble": EnsembleTrainer}
         kind: type[GISTTrainer] = kinds.get(method, GISTTrainer)
         return kind(model, data, **settings)

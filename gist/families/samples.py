@@ -18,6 +18,8 @@ from gist.costs.estimate import estimate_costs
 from gist.datasets import find_card
 from gist.errors import ConfigError
 from gist.families.family import WHOLE, Family, Settings
+from gist.families.federated import FEDERATED, FEDERATED_SETTINGS
+from gist.federated.trainer import FederatedTrainer
 from gist.methods import ISTTrainer, LoFTTrainer, ResISTTrainer, SampleTrainer
 from gist.partition.streams import seeded
 from gist.samples.data import SampleData
@@ -43,7 +45,12 @@ _TRAINERS: dict[str, type[SampleTrainer]] = {
     "loft": LoFTTrainer,
 }
 
-_MODELS = {"ist": "mlp", "resist": "preact-resnet32", "loft": "preact-resnet20"}
+_MODELS = {
+    "ist": "mlp",
+    "resist": "preact-resnet32",
+    "loft": "preact-resnet20",
+    **dict.fromkeys(FEDERATED, "mlp"),
+}
 """What a method trains where neither settings nor card say it."""
 
 
@@ -58,14 +65,15 @@ _FITTING = {
 class Samples(Family):
     """See :class:`~gist.families.family.Family`."""
 
-    methods = tuple(_TRAINERS)
+    methods = (*_TRAINERS, *FEDERATED)
     baselines = ("local-sgd", "data-parallel")
     models = ("mlp", *_NETWORKS)
     model_settings = ("model", "hidden", "layers", "norm", "dropout")
     data_config = SampleConfig
     plannable = (*_TRAINERS, "full", "local-sgd")
-    own_settings: Mapping[str, str] = {  # of no one to be changed
-        name: method for method, kind in _TRAINERS.items() for name in kind.own_settings
+    own_settings: Mapping[str, tuple[str, ...]] = {  # of no one to be changed
+        **{name: (method,) for method, kind in _TRAINERS.items() for name in kind.own_settings},
+        **FEDERATED_SETTINGS,
     }
     what = "independent samples"
 
@@ -75,11 +83,11 @@ class Samples(Family):
 
     def _base(self, method: str | None, dataset: str, settings: Mapping[str, Any]) -> str:
         """The subnet training whose settings a method takes."""
-        if method in _TRAINERS:
+        if method in (*_TRAINERS, *FEDERATED):
             return method
         model = settings.get("model")
         if model is None:
-            known = self._card(dataset).settings
+            known = [name for name in self._card(dataset).settings if name in _TRAINERS]
             return next(iter(known), "ist")
         if model == "mlp":
             return "ist"
@@ -95,7 +103,8 @@ class Samples(Family):
         self, dataset: str, method: str, settings: Mapping[str, Any], beside: str | None = None
     ) -> Settings:
         """See :meth:`Family.defaults`: from the card where the model is the card's."""
-        subnets = settings.get("num_subnets", TrainConfig.num_subnets)
+        usual = 1 if method in FEDERATED else TrainConfig.num_subnets
+        subnets = settings.get("num_subnets", usual)
         most = subnets if isinstance(subnets, int) else max(m for _, m in subnets)
         base = self._base(beside or method, dataset, settings)
         chosen = self._card(dataset).settings_for(base, 1 if method in WHOLE else most)
@@ -125,6 +134,8 @@ class Samples(Family):
         self, method: str, model: nn.Module, data: Any, settings: Settings, beside: str | None
     ) -> SubnetTrainer:
         """See :meth:`Family.make_trainer`: baselines have the defaults of what is beside them."""
+        if method in FEDERATED:
+            return FederatedTrainer(model, data, **settings)
         kind = self._kind(method, model, beside)
         if method in _TRAINERS:
             return kind(model, data, **settings)
@@ -142,6 +153,8 @@ class Samples(Family):
     def training_config(self, method: str, settings: Mapping[str, Any]) -> TrainConfig:
         """See :meth:`Family.training_config`."""
         _, given = self.split_model_settings(settings)
+        if method in FEDERATED:
+            return super().training_config(method, settings)
         if method in _TRAINERS:
             return _TRAINERS[method].choose(given)[1]
         base = _TRAINERS[self._base(None, "", settings)]

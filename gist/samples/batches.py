@@ -6,7 +6,7 @@ Shape legend: ``B`` samples of a batch, ``S`` output columns that the loss is ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,16 +63,26 @@ class TensorSource(SampleSource):
         batch_size: Samples of a batch.
         shards: Parts that the training samples are dealt into, or None.
         local_steps: ζ of the run.
+        parts: Instead of shards, positions among the training samples of every client's.
 
     Raises:
         ConfigError: more shards than samples.
+        DataError: a client without samples, or positions out of range.
     """
 
     def __init__(
-        self, data: SampleData, batch_size: int, *, shards: int | None, local_steps: int
+        self,
+        data: SampleData,
+        batch_size: int,
+        *,
+        shards: int | None,
+        local_steps: int,
+        parts: Sequence[Tensor] | None = None,
     ) -> None:
         self.data = data
-        self.passes = Passes(data.train, batch_size, local_steps=local_steps, shards=shards)
+        self.passes = Passes(
+            data.train, batch_size, local_steps=local_steps, shards=shards, parts=parts
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -6,7 +6,7 @@ Shape legend: ``n`` samples, ``C`` output columns, ``m`` stacked subnets.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,7 @@ class SampleObjective:
         config: Settings; batch sizes of loaders are their own.
         num_subnets: m, the most of the run.
         local_steps: ζ.
+        parts: Of each client of a federated run, positions among the training samples.
 
     Attributes:
         data: The samples, on ``device`` if they are tensors.
@@ -61,10 +62,11 @@ class SampleObjective:
         *,
         num_subnets: int,
         local_steps: int,
+        parts: Sequence[Tensor] | None = None,
     ) -> None:
         self.device, self.config = device, config
         self.data = data.to(device) if isinstance(data, SampleData) else data
-        self.source = self._source(num_subnets, local_steps)
+        self.source = self._source(num_subnets, local_steps, parts)
         self.sampled: SampledOutputs | None = None
         if config.sampled_outputs is not None:
             _, y = next(self.data.scored("train", batch_size=1))
@@ -202,7 +204,9 @@ class SampleObjective:
             return data.fingerprint()
         return hashlib.sha256(str(data.fingerprint).encode()).hexdigest()
 
-    def _source(self, num_subnets: int, local_steps: int) -> SampleSource:
+    def _source(
+        self, num_subnets: int, local_steps: int, parts: Sequence[Tensor] | None
+    ) -> SampleSource:
         data, config = self.data, self.config
         if isinstance(data, LoaderData):
             return loader_source(
@@ -222,7 +226,9 @@ class SampleObjective:
                 remedy="leave it out",
             )
         shards = num_subnets if config.shards else None
-        return TensorSource(data, config.batch_size, shards=shards, local_steps=local_steps)
+        return TensorSource(
+            data, config.batch_size, shards=shards, local_steps=local_steps, parts=parts
+        )
 
     def _scored(self, split: str, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         size = self.config.eval_batch_size

@@ -1,17 +1,20 @@
 """Shuffled passes over training samples, cut into batches.
 
-Shape legend: ``N`` training samples, ``B`` samples of a batch, ``m`` shards, ζ local steps.
+Shape legend: ``N`` training samples, ``B`` samples of a batch, ``m`` shards, ``K`` clients, ζ local
+steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, DataError
 from gist.partition.streams import stream
 
 
@@ -24,6 +27,9 @@ class Passes:
     too small for BatchNorm: what is left of a pass is left out, other samples in each. Only where a
     subnet sees fewer than ``B`` samples, these are one batch.
 
+    With given parts a subnet is a client, and a round one of this client's own tasks, counted from
+    0: its batches depend on (seed, client, own task) alone, and cost what its own part costs.
+
     Args:
         samples: ``[N]`` int64 sample numbers.
         batch_size: ``B``.
@@ -31,16 +37,28 @@ class Passes:
         shards: ``m``: the samples are dealt into so many parts, whose sizes differ by at most one,
             at random by the seed of the run; subnet ``i`` sees part ``i % m`` alone in all rounds.
             None lets every subnet see all samples.
+        parts: Instead of shards, those of ``K`` clients: positions in ``samples``, which may be in
+            several parts, or in none; subnet ``i`` sees part ``i % K`` alone.
 
     Attributes:
         steps_per_epoch: Batches of one pass over all ``N`` samples, sharded or not.
+        client_samples: ``[K]`` int64, samples of each client; None without parts.
 
     Raises:
         ConfigError: more shards than samples.
+        DataError: a client without samples, or positions out of range.
     """
 
+    client_samples: Tensor | None = None
+
     def __init__(
-        self, samples: Tensor, batch_size: int, *, local_steps: int, shards: int | None = None
+        self,
+        samples: Tensor,
+        batch_size: int,
+        *,
+        local_steps: int,
+        shards: int | None = None,
+        parts: Sequence[Tensor] | None = None,
     ) -> None:
         if shards is not None and shards > len(samples):
             raise ConfigError(
@@ -51,9 +69,16 @@ class Passes:
         self.samples, self.batch_size = samples.cpu(), batch_size
         self.local_steps, self.shards = local_steps, shards
         self.steps_per_epoch = self._steps(len(samples))
+        if parts is not None:
+            assert shards is None, "clients have their own parts"
+            self._take_parts(parts)
 
     def seen_by(self, subnet: int, *, seed: int) -> Tensor:
         """The sample numbers that a subnet sees."""
+        if self.client_samples is not None:
+            client = subnet % len(self.client_samples)
+            first, last = self._bounds[client : client + 2].tolist()
+            return self._own[first:last]
         if self.shards is None:
             return self.samples
         order = torch.randperm(len(self.samples), generator=stream("shards", seed))
@@ -72,8 +97,36 @@ class Passes:
             position, steps = position + here, steps - here
 
     def describe(self) -> dict[str, Any]:
-        """Settings as JSON values."""
-        return {"batch_size": self.batch_size, "shards": self.shards}
+        """Settings as JSON values; parts by a digest."""
+        settings = {"batch_size": self.batch_size, "shards": self.shards}
+        if self.client_samples is None:
+            return settings
+        digest = hashlib.sha256()
+        for tensor in (self.client_samples, self._own):
+            digest.update(tensor.numpy().data)
+        return {**settings, "parts": digest.hexdigest()[:16]}
+
+    def _take_parts(self, parts: Sequence[Tensor]) -> None:
+        """Puts the samples of all clients one after the other."""
+        sizes = torch.tensor([len(part) for part in parts])
+        if not len(sizes) or not int(sizes.min()):
+            raise DataError(
+                "there are clients without samples",
+                got=f"{int((sizes == 0).sum()):,} of {len(sizes):,} clients",
+                expected="at least one sample for each",
+                remedy="fewer clients, or another split",
+            )
+        positions = torch.cat([part.cpu() for part in parts])
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= len(self.samples):
+            raise DataError(
+                "a client's part names samples that do not exist",
+                got=f"positions between {low} and {high}",
+                expected=f"0 to {len(self.samples) - 1}",
+            )
+        self.client_samples = sizes
+        self._bounds = F.pad(sizes.cumsum(0), (1, 0))
+        self._own = self.samples[positions]
 
     def _steps(self, samples: int) -> int:
         return max(samples // self.batch_size, 1)

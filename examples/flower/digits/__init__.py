@@ -1,0 +1,1 @@
+"""A Flower app: an MLP on handwritten digits, trained by AsyncDrop."""

@@ -1,0 +1,315 @@
+"""The server of a federated run, with its clients' work: what the executors are elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from gist.config import TrainConfig
+from gist.errors import DivergedError, PartitionError
+from gist.execution.executor import RoundReport
+from gist.execution.objective import Objective
+from gist.execution.serial import SerialExecutor
+from gist.federated.client import clone, train_client
+from gist.federated.faults import garbled
+from gist.federated.selection import Request
+from gist.federated.strategies import Strategy
+from gist.federated.timeline import Task, Timeline
+from gist.partition.assignment import Assignment
+from gist.partition.merging import Part, check_part
+from gist.partition.spec import PartitionSpec, model_tensors
+from gist.partition.transfer import Selection, gather
+from gist.plan import RoundPlan
+
+_PATIENCE = 100
+"""Answers in a row that may be refused before the run is given up."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """What a client sends back.
+
+    Attributes:
+        part: Its tensors.
+        losses: Of its first and its last local step.
+    """
+
+    part: Part
+    losses: tuple[float, float]
+
+
+class Server(SerialExecutor):
+    """Sends work to clients, trains it as they would, and merges their answers.
+
+    A client works on the parameters that it was sent: it is trained when it is sent work, and its
+    answer lies here until the clock says that it comes. What will not come is not trained. Memory
+    holds the answers under way, whatever the number of clients.
+
+    Args:
+        model: The global model.
+        spec: Its partition spec.
+        objective: Batches, by client and its own task; and loss.
+        config: Settings of the training.
+        timeline: What happens when.
+        strategy: What is sent, and how it is merged.
+        weights: Training samples of each client.
+        classes: ``[clients, C]`` bool: which classes each has samples of; None where labels are no
+            class numbers.
+
+    Attributes:
+        events: What happened, in order, as JSON values.
+        covered: For each group ``[size]`` int64: how many merged answers held each unit.
+    """
+
+    name = "federated"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: PartitionSpec,
+        objective: Objective,
+        config: TrainConfig,
+        *,
+        timeline: Timeline,
+        strategy: Strategy,
+        weights: Sequence[float],
+        classes: Tensor | None,
+    ) -> None:
+        super().__init__(model, spec, objective, config)
+        self.timeline, self.strategy = timeline, strategy
+        self.weights, self.classes = weights, classes
+        self.events: list[dict[str, Any]] = []
+        self.covered = {g: torch.zeros(n, dtype=torch.int64) for g, n in spec.sizes.items()}
+        self._parameters = frozenset(name for name, _ in model.named_parameters())
+        self._under_way: dict[int, Answer] = {}
+        self._selection_state: dict[str, Tensor] = {}
+        self._rule_state: dict[str, Tensor] = {}
+        self._initial: dict[str, Tensor] = {}
+        if strategy.selection.needs_initial:
+            self._initial = {n: t.detach().clone() for n, t in self.tensors.items()}
+        self._refused = 0
+        self._loss: float | None = None
+
+    def tensors_now(self) -> Mapping[str, Tensor]:
+        """The global parameters and buffers; see :class:`~gist.federated.selection.ServerView`."""
+        return self.tensors
+
+    def initial(self) -> Mapping[str, Tensor]:
+        """These as they were at the start."""
+        return self._initial
+
+    def run_round(self, plan: RoundPlan, assignment: Assignment) -> RoundReport:
+        """Sends the work that begins here, and merges the answers that come next.
+
+        Raises:
+            DivergedError: so many answers in a row were refused that nothing will come of it.
+        """
+        del assignment  # says how many units clients hold; which is decided here
+        self.tensors = model_tensors(self.model)
+        started = self.timeline.started[plan.index]
+        down = sum(self._send(self.timeline.tasks[n], plan.local_steps) for n in started)
+        merge = self.timeline.merges[plan.index]
+        parts: list[Part] = []
+        losses: list[float] = []
+        up = 0
+        for number in merge.tasks:
+            task = self.timeline.tasks[number]
+            up += task.cost.upload * task.answers
+            answer = self._under_way.pop(number, None) if task.answers else None
+            part = self._receive(task, answer, merge.time)
+            if answer is not None and math.isfinite(answer.losses[1]):
+                losses.append(answer.losses[1])
+            if part is not None:
+                parts.append(part)
+        if losses:
+            self._loss = sum(losses) / len(losses)
+        if parts:
+            self.strategy.rule.merge(self.tensors, self.spec, parts, self._rule_state)
+        elif self._refused >= _PATIENCE:
+            raise DivergedError(
+                f"the last {self._refused} answers of clients were refused",
+                got=self.events[-1]["reason"],
+                remedy="lower lr, set clip_norm, or use a model with normalisation",
+            )
+        return RoundReport(
+            train_loss=float("nan") if self._loss is None else self._loss,
+            repartition_seconds=0.0,
+            bytes_sent=down,
+            bytes_received=up,
+            clock=merge.time,
+        )
+
+    def _send(self, task: Task, steps: int) -> int:
+        """Sends a client its work; returns the bytes of it."""
+        self._log(task.start, "sent", task, bytes=task.cost.download)
+        if task.number in self.timeline.merged_at:
+            self._under_way[task.number] = self._train_client(task, steps)
+        return task.cost.download
+
+    def _train_client(self, task: Task, steps: int) -> Answer:
+        request, strategy = task.request, self.strategy
+        held = strategy.selection.select(self.spec.sizes, request, self, self._selection_state)
+        assignment = Assignment(
+            round=request.merges,
+            sizes=self.spec.sizes,
+            held={group: (units,) for group, units in held.items()},
+        )
+        program = self._program(assignment, range(1))
+        selection = Selection(self.spec, assignment, 0)
+        with torch.no_grad():
+            for name, own in program.tensors.items():
+                index = selection.index(self.spec.layouts[name])
+                gather(self.tensors[name].detach(), index, out=own[0])
+        names = self._trained_by(request, program.parameters)
+        start = clone(program.parts()[0]) if self._needs_start else None
+        classes = self._classes_of(request.client) if strategy.masked_outputs else None
+        losses = train_client(
+            program,
+            self.objective,
+            {name: t if name in names else t.detach() for name, t in self.tensors.items()},
+            client=request.client,
+            own=request.own,
+            steps=steps,
+            rate=task.rate,
+            drawn_back=strategy.proximal,
+            classes=classes,
+        )
+        part = Part(
+            assignment=assignment,
+            tensors=clone(
+                {n: t for n, t in program.parts()[0].items() if self._comes_back(n, names)}
+            ),
+            start=start,
+            weight=self.weights[request.client],
+            staleness=self.timeline.staleness(task.number),
+            classes=classes,
+        )
+        return Answer(part=part, losses=losses)
+
+    def _receive(self, task: Task, answer: Answer | None, time: float) -> Part | None:
+        """What of an answer can be merged; says what became of it."""
+        if answer is None:
+            self._log(task.finish, "repeated" if task.answers else "lost", task)
+            return None
+        part = answer.part
+        if task.fate == "corrupt":
+            part = garbled(part, seed=self.config.seed, task=task.number)
+        try:
+            held = Selection(self.spec, part.assignment, 0)
+            sent = [name for name, lay in self.spec.layouts.items() if held.holds(lay)]
+            names = self._trained_by(task.request, [n for n in sent if n in self._parameters])
+            wanted = [name for name in sent if self._comes_back(name, names)]
+            check_part(part, self.spec, names=wanted, like=self.tensors)
+        except PartitionError as error:
+            self._refused += 1
+            self._log(time, "refused", task, reason=str(error))
+            return None
+        self._refused = 0
+        self._log(time, "merged", task, loss=answer.losses[1], staleness=part.staleness)
+        for group, (units,) in part.assignment.held.items():
+            self.covered[group][units] += 1
+        self.strategy.selection.observe(task.request, answer, self, self._selection_state)
+        return part
+
+    def _trained_by(self, request: Request, parameters: Iterable[str]) -> frozenset[str]:
+        """Those of the parameters that a client is sent which it trains."""
+        wanted = [name for name in parameters if self.tensors[name].requires_grad]
+        return self.strategy.selection.trained(wanted, request)
+
+    def _comes_back(self, name: str, trained: frozenset[str]) -> bool:
+        """Whether a tensor is part of an answer: what was trained, and all that is no parameter."""
+        return name in trained or name not in self._parameters
+
+    @property
+    def _needs_start(self) -> bool:
+        return self.strategy.rule.needs_start or self.strategy.selection.needs_start
+
+    def _classes_of(self, client: int) -> Tensor | None:
+        return None if self.classes is None else self.classes[client].nonzero()[:, 0]
+
+    def _log(self, time: float, event: str, task: Task, **more: Any) -> None:
+        request: Request = task.request
+        self.events.append(
+            {
+                "time": time,
+                "event": event,
+                "client": request.client,
+                "task": request.task,
+                **more,
+            }
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Answers under way, and what strategies remember."""
+        out: dict[str, Tensor] = {}
+        for number, answer in self._under_way.items():
+            named: dict[str, Mapping[str, Tensor]] = {
+                "tensor": answer.part.tensors,
+                "start": answer.part.start or {},
+                "unit": {g: units for g, (units,) in answer.part.assignment.held.items()},
+            }
+            for kind, tensors in named.items():
+                out |= {f"task/{number}/{kind}/{name}": t for name, t in tensors.items()}
+            losses = torch.tensor(answer.losses, dtype=torch.float64)
+            out[f"task/{number}/losses/"] = losses
+        for kind, tensors in self._kept().items():
+            out |= {f"{kind}//{name}": tensor for name, tensor in tensors.items()}
+        return {name: tensor.contiguous() for name, tensor in out.items()}
+
+    def _kept(self) -> dict[str, dict[str, Tensor]]:
+        last = float("nan") if self._loss is None else self._loss
+        return {
+            "selection": self._selection_state,
+            "rule": self._rule_state,
+            "initial": self._initial,
+            "covered": self.covered,
+            "server": {"last": torch.tensor([last, self._refused], dtype=torch.float64)},
+        }
+
+    def read_state(self, paths: Sequence[Path]) -> None:
+        """Takes what :meth:`state_dict` gave, from a file."""
+        (path,) = paths
+        tasks: dict[int, dict[str, dict[str, Tensor]]] = {}
+        kept: dict[str, dict[str, Tensor]] = {name: {} for name in self._kept()}
+        with safe_open(path, "pt", device=str(self.device)) as file:
+            for key in file.keys():  # noqa: SIM118
+                kind, rest = key.split("/", 1)
+                if kind == "task":
+                    number, what, name = rest.split("/", 2)
+                    tasks.setdefault(int(number), {}).setdefault(what, {})[name] = file.get_tensor(
+                        key
+                    )
+                else:
+                    kept[kind][rest.removeprefix("/")] = file.get_tensor(key)
+        self._selection_state, self._rule_state = kept["selection"], kept["rule"]
+        self._initial = kept["initial"]
+        self.covered = {name: t.cpu() for name, t in kept["covered"].items()}
+        last, refused = kept["server"]["last"].tolist()
+        self._loss, self._refused = None if last != last else last, int(refused)
+        self._under_way = {number: self._answer(number, found) for number, found in tasks.items()}
+
+    def _answer(self, number: int, found: Mapping[str, Mapping[str, Tensor]]) -> Answer:
+        request = self.timeline.tasks[number].request
+        assignment = Assignment(
+            round=request.merges,
+            sizes=self.spec.sizes,
+            held={group: (units.cpu(),) for group, units in found.get("unit", {}).items()},
+        )
+        first, last = found["losses"][""].tolist()
+        masked = self.strategy.masked_outputs
+        part = Part(
+            assignment=assignment,
+            tensors=found["tensor"],
+            start=found.get("start"),
+            weight=self.weights[request.client],
+            staleness=self.timeline.staleness(number),
+            classes=self._classes_of(request.client) if masked else None,
+        )
+        return Answer(part=part, losses=(first, last))
