@@ -25,7 +25,15 @@ COMMANDS = typer.main.get_command(app).commands
 
 # A plain block, or one that the build of the documentation executes.
 _CODE = re.compile(r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_SLOW = {"first_run.md", "ist.md", "link_prediction.md", "loft.md", "resist.md"}
+_SLOW = {
+    "asyncdrop.md",
+    "first_run.md",
+    "ist.md",
+    "link_prediction.md",
+    "loft.md",
+    "resist.md",
+    "theory.md",
+}
 
 
 def code_blocks(page: Path) -> Iterator[tuple[int, str]]:

@@ -87,7 +87,7 @@ class ClientGraphSource(BatchSource):
                 expected=f"{data.num_nodes:,} nodes",
                 remedy="in inductive training, clients[data.train_mask]",
             )
-        self.data, self.clients = data, recipe.clients.cpu()
+        self.data, self._clients = data, recipe.clients.cpu()
         self._order = torch.argsort(clients, stable=True)
         sizes = torch.bincount(clients)
         self.num_clients = len(sizes)
@@ -154,7 +154,7 @@ class ClientGraphSource(BatchSource):
         return {
             "name": "ClientGraphs",
             "num_clients": self.num_clients,
-            "clients": hashlib.sha256(self.clients.numpy().data).hexdigest()[:16],
+            "clients": hashlib.sha256(self._clients.numpy().data).hexdigest()[:16],
             "edges_within": self.edges_within,
         }
 

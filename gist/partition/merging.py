@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -261,7 +261,8 @@ class CohortDelta(MergeRule):
         state: dict[str, Tensor],
     ) -> None:
         """See :meth:`MergeRule.merge`; also refuses tensors none of which is a parameter."""
-        if not any(isinstance(tensor, nn.Parameter) for tensor in tensors.values()):
+        floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+        if floats and not any(isinstance(tensor, nn.Parameter) for tensor in floats):
             raise PartitionError(
                 "CohortDelta steps parameters, and must be told which tensors these are",
                 got="no nn.Parameter",
@@ -416,7 +417,7 @@ def check_part(
             if not torch.equal(units, sent.held[group][0])
         ]
     selection = Selection(spec, part.assignment, 0)
-    found += _misfits(part, selection, part.tensors if like is None else like)
+    found += _misfits(part, selection, spec.layouts if like is None else like)
     if not found:
         held = (name for name, layout in spec.layouts.items() if selection.holds(layout))
         wanted = set(held if names is None else names)
@@ -435,7 +436,7 @@ def check_part(
 
 
 def _misfits(
-    part: Part, selection: Selection, tensors: Mapping[str, Tensor], *, needs_start: bool = False
+    part: Part, selection: Selection, tensors: Container[str], *, needs_start: bool = False
 ) -> list[str]:
     """What of the names, kinds and shapes of a part does not fit, one sentence each."""
     spec = selection.spec
@@ -567,7 +568,7 @@ class _WeightedMean:
     def add(self, index: Index, entries: Tensor, weight: float) -> None:
         entries, so_far = entries.to(self.value.dtype), gather(self.value, index)
         total = gather(self.weight, index).add_(weight)
-        share = weight / total
+        share = torch.tensor(weight, dtype=torch.float64) / total  # a number takes 1 / total
         later = _towards(so_far, entries, share)
         scatter_(self.value, index, torch.where(share == 1, entries, later))
         scatter_(self.weight, index, total)
@@ -575,11 +576,12 @@ class _WeightedMean:
 
 def _put(tensor: Tensor, piece: Piece, share: float) -> None:
     """Moves the entries of a tensor to a share of the way to those of a piece."""
-    entries = piece.entries.to(tensor.device)
+    entries = piece.entries
     if share != 1:
         kind = _wide(tensor.dtype)
-        entries = _towards(_entries(tensor, piece.index).to(kind), entries.to(kind), share)
-    scatter_(tensor, piece.index, entries.to(tensor.dtype))
+        before = _entries(tensor, piece.index).to(kind)
+        entries = _towards(before, entries.to(before), share)
+    scatter_(tensor, piece.index, entries.to(tensor))
 
 
 def _towards(before: Tensor, after: Tensor, share: float | Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,22 +105,25 @@ def by_entry(
     return found
 
 
-def in_steps(values: Values, weigh: Callable[[Part], float], whole: bool) -> float:
+def in_steps(values: Values, shares: Sequence[float], whole: bool) -> float:
     """A mean as it is taken: each copy moves it by its share, in whole steps of whole numbers."""
-    mean, total = 0.0, 0.0
-    for part, value, _ in values:
-        total += weigh(part)
-        step = (value - mean) * weigh(part) / total
-        mean += round(step) if whole and total > weigh(part) else step
+    mean = values[0][1]
+    for (_, value, _), share in zip(values[1:], shares[1:], strict=True):
+        step = (value - mean) * share
+        mean += round(step) if whole else step
     return mean
 
 
 def count_mean(rule: Any, w: Any, values: Values, cohort: int, whole: bool) -> float:
-    return in_steps(values, lambda part: 1, whole)
+    return in_steps(values, [1 / (n + 1) for n in range(len(values))], whole)
 
 
 def data_mean(rule: Any, w: Any, values: Values, cohort: int, whole: bool) -> float:
-    return in_steps(values, lambda part: part.weight, whole)
+    weights = [part.weight for part, _, _ in values]
+    if not whole:
+        return sum(n * v for n, (_, v, _) in zip(weights, values, strict=True)) / sum(weights)
+    totals = itertools.accumulate(weights)
+    return in_steps(values, [n / total for n, total in zip(weights, totals, strict=True)], whole)
 
 
 def mix(rule: Any, w: Any, values: Values, cohort: int, whole: bool) -> float:
@@ -163,21 +167,23 @@ def test_every_entry_becomes_what_the_rule_says(rule, case):
 
 
 @each_rule
+@settings(max_examples=15)
 @given(case=merges([torch.float64, torch.float32, torch.bfloat16, torch.int32, torch.bool]))
 def test_what_no_part_holds_keeps_its_bits(rule, case):
     spec, tensors, parts = case
+    idle = {}
+    for name, tensor in tensors.items():
+        held = by_entry(name, spec, parts, tensor)
+        idle[name] = torch.tensor([not v for v in held.values()]).view(tensor.shape)
     before = copies(tensors)
     state: dict[str, Tensor] = {}
     for _ in range(2):
         moments = copies(state)
         rule.merge(tensors, spec, parts, state)
-        for name, tensor in tensors.items():
-            for entry, values in by_entry(name, spec, parts, tensor).items():
-                if not values:
-                    assert bits(tensor[entry]) == bits(before[name][entry])
-                    for key in (f"m/{name}", f"v/{name}"):
-                        if key in moments:
-                            assert bits(state[key][entry]) == bits(moments[key][entry])
+        for name, none in idle.items():
+            assert bits(tensors[name][none]) == bits(before[name][none])
+            for key in {f"m/{name}", f"v/{name}"} & moments.keys():
+                assert bits(state[key][none]) == bits(moments[key][none])
 
 
 @given(cases(), st.integers(0, 99))
@@ -253,13 +259,15 @@ def test_mixing_takes_one_part_after_the_other():
     assert mixed["t"].item() == 0.5 * (0.5 * 8) + 0.5 * 16
 
 
-def test_means_with_equal_weights_are_means():
-    spec, parts = whole_parts({"t": torch.zeros(3)}, 3)
-    parts = [replace(p, weight=50, tensors={"t": torch.randn(3)}) for p in parts]
-    one, other = ({"t": torch.ones(3)} for _ in range(2))
+@pytest.mark.parametrize("weight", [1, 49, 0.1])
+def test_the_first_copy_takes_the_place_of_what_was_there(weight):
+    spec, parts = whole_parts({"t": torch.zeros(4)}, 3)
+    parts = [replace(p, weight=weight, tensors={"t": torch.randn(4)}) for p in parts]
+    one, other = ({"t": torch.tensor([math.nan, math.inf, 1e38, 0.0])} for _ in range(2))
     CountMean().merge(one, spec, parts, {})
     DataMean().merge(other, spec, parts, {})
-    torch.testing.assert_close(one["t"], other["t"])
+    torch.testing.assert_close(other["t"], one["t"])
+    assert one["t"].isfinite().all()
 
 
 def second_moment(name: str, v: float, change: float) -> float:
@@ -345,7 +353,11 @@ def part_of(model: nn.Module, **more: Any) -> tuple[PartitionSpec, dict[str, Ten
     held = {group: (torch.arange((size + 1) // 2),) for group, size in spec.sizes.items()}
     assignment = Assignment(round=0, sizes=spec.sizes, held=held)
     start = extract(tensors, spec, assignment, 0)
-    return spec, tensors, Part(assignment=assignment, tensors=trained(start, 0), start=start, **more)
+    return (
+        spec,
+        tensors,
+        Part(assignment=assignment, tensors=trained(start, 0), start=start, **more),
+    )
 
 
 def test_rows_of_classes_that_a_client_does_not_have_do_not_count():
@@ -429,7 +441,9 @@ BAD_VALUES = {
 }
 
 
-@pytest.mark.parametrize("bad", [*BAD_NAMES.values(), *BAD_VALUES.values()], ids=[*BAD_NAMES, *BAD_VALUES])
+@pytest.mark.parametrize(
+    "bad", [*BAD_NAMES.values(), *BAD_VALUES.values()], ids=[*BAD_NAMES, *BAD_VALUES]
+)
 def test_garbage_is_refused(bad):
     spec, tensors, part = part_of(MLP(5, 7, 3, num_layers=2))
     check_part(part, spec, sent=part.assignment, like=tensors)
@@ -488,12 +502,12 @@ def test_nothing_is_merged_where_one_part_does_not_fit(rule, bad):
 
 def test_changes_need_what_was_sent_and_parameters():
     spec, tensors, part = part_of(MLP(5, 7, 3, num_layers=2))
-    with pytest.raises(PartitionError, match="no nn.Parameter"):
+    with pytest.raises(PartitionError, match=r"no nn\.Parameter"):
         CohortDelta().merge(tensors, spec, [part], {})
     with pytest.raises(PartitionError, match="start: is missing"):
         CohortDelta().merge(as_parameters(tensors), spec, [replace(part, start=None)], {})
+    less = {n: t for n, t in part.tensors.items() if n != "linears.0.bias"}
     with pytest.raises(PartitionError, match=r"start of linears\.0\.bias: is missing"):
-        less = {n: t for n, t in part.tensors.items() if n != "linears.0.bias"}
         CohortDelta().merge(as_parameters(tensors), spec, [replace(part, start=less)], {})
 
 

@@ -1,7 +1,6 @@
 """The server."""
 
 from digits.task import make_model
-
 from gist import load_dataset
 from gist.federated.flower import evaluate_on, server_app
 

@@ -113,9 +113,7 @@ def answer(
     program = _program(work, model, spec, config, device)
     names = frozenset(work.trained)
     labels = _labels(objective.data)
-    classes = torch.unique(labels) if labels.dim() == 1 and not is_csr(labels) else None
-    if work.masked_outputs and classes is None:
-        raise ConfigError("masked outputs need labels that are class numbers")
+    classes = _classes(labels) if work.masked_outputs else None
     start = time.perf_counter()
     losses = train_client(
         program,
@@ -126,7 +124,7 @@ def answer(
         steps=work.steps,
         rate=work.rate,
         drawn_back=work.proximal,
-        classes=classes if work.masked_outputs else None,
+        classes=classes,
     )
     seconds = time.perf_counter() - start
     back = names | {name for name, _ in program.module.named_buffers()}
@@ -176,6 +174,17 @@ def _labels(data: Any) -> Tensor:
         return data.y[data.train_mask]
     labels: Tensor = data.labels(data.train)
     return labels
+
+
+def _classes(labels: Tensor) -> Tensor:
+    if labels.dim() != 1 or is_csr(labels):
+        raise ConfigError(
+            "outputs can be masked only where labels are class numbers",
+            got=f"labels of shape {tuple(labels.shape)}",
+            remedy="a strategy without masked_outputs",
+        )
+    present: Tensor = torch.unique(labels)
+    return present
 
 
 def _program(

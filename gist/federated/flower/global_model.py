@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from gist.federated.flower.messages import Outcome
@@ -49,14 +48,10 @@ class GlobalModel:
         model: Its tensors are changed in place.
         spec: Its partition spec.
         strategy: What is sent, and how it is merged.
-
-    Attributes:
-        covered: For each group ``[size]`` int64: how many merged answers held each unit.
     """
 
     def __init__(self, model: nn.Module, spec: PartitionSpec, strategy: Strategy) -> None:
         self.spec, self.strategy = spec, strategy
-        self.covered = {g: torch.zeros(n, dtype=torch.int64) for g, n in spec.sizes.items()}
         self._tensors = model_tensors(model)
         self._parameters = frozenset(name for name, _ in model.named_parameters())
         self._selection_state: dict[str, Tensor] = {}
@@ -109,7 +104,7 @@ class GlobalModel:
             start=sent.start,
             weight=outcome.samples,
             staleness=merges - sent.request.merges,
-            classes=outcome.classes if self.strategy.masked_outputs else None,
+            classes=outcome.classes,
         )
         held = Selection(self.spec, sent.assignment, 0)
         names = [name for name, layout in self.spec.layouts.items() if held.holds(layout)]
@@ -119,8 +114,6 @@ class GlobalModel:
             names=[n for n in names if n in sent.trained or n not in self._parameters],
             like=self._tensors,
         )
-        for group, (units,) in sent.assignment.held.items():
-            self.covered[group][units] += 1
         report = Answer(part=part, losses=outcome.losses)
         self.strategy.selection.observe(sent.request, report, self, self._selection_state)
         return part

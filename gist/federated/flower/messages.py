@@ -130,8 +130,7 @@ class Outcome:
         losses: Of its first and its last local step.
         passes: Over its samples, in these steps.
         seconds: That the steps took.
-        classes: Those that it has samples of: int64, ascending; None where labels are no class
-            numbers.
+        classes: Those that its loss was taken over: int64, ascending; None for all.
     """
 
     tensors: Mapping[str, Tensor]

@@ -12,8 +12,9 @@ from torch import nn
 from gist.config import TrainConfig, split_settings
 from gist.errors import ConfigError
 from gist.federated.flower.client import ClientData, objective_of
-from gist.federated.flower.coordinator import Coordinator, Evaluate
+from gist.federated.flower.coordinator import Coordinator
 from gist.federated.flower.deployment import Deployment
+from gist.federated.flower.ledger import Evaluate
 from gist.federated.flower.link import GridLink
 from gist.federated.flower.records import flower
 from gist.federated.trainer import FederatedTrainer
