@@ -24,6 +24,7 @@ from gist.families.family import Family
 from gist.families.federated import FEDERATED
 from gist.families.graphs import Graphs
 from gist.families.samples import Samples
+from gist.federated.trainer import one_process_only
 from gist.graph.data import GraphData
 from gist.history import TrainResult
 from gist.partition.spec import model_tensors
@@ -127,6 +128,8 @@ class Experiment:
         Raises:
             ConfigError: one of them, or more workers than subnets.
         """
+        if self.method in FEDERATED:
+            raise one_process_only(workers)
         config = self.family.training_config(self._method, self.resolved())
         require_subnets(config, workers)
         if self.method == "data-parallel":

@@ -38,7 +38,7 @@ def train_client(
         steps: Local steps.
         rate: Factor on the base learning rate.
         drawn_back: µ of FedProx.
-        classes: Those that the loss is taken over; all of them by default.
+        classes: Those whose outputs are not set to 0; all of them by default.
 
     Returns:
         The loss of the first and of the last step.
@@ -48,7 +48,7 @@ def train_client(
     program.restart(like, None)
     with seeded("client", seed, client, own, device=device), ExitStack() as local:
         if classes is not None:
-            local.enter_context(masked_outputs(program.module, classes))
+            local.enter_context(masked_outputs(program.call, classes))
         if drawn_back:
             local.enter_context(proximal(program.module, drawn_back))
         batches = objective.batches(seed=seed, round=own, subnet=client, steps=steps)

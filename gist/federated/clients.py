@@ -15,15 +15,18 @@ from torch_geometric.data import Data
 
 from gist.config import FederatedConfig, GraphConfig, SampleConfig
 from gist.csr import is_csr
-from gist.errors import ConfigError
+from gist.errors import ConfigError, DataError
 from gist.federated.local import client_metrics
-from gist.federated.splits import make_split
+from gist.federated.splits import label_counts, make_split, owners_of
 from gist.graph.client_batches import ClientGraphs, spread_clusters
 from gist.graph.data import GraphData
 from gist.graph.dgl_graph import is_from
 from gist.graph.objective import GraphObjective
 from gist.samples.data import SampleData
 from gist.samples.objective import SampleObjective
+
+_CLUSTERS_PER_CLIENT = (1, 2, 4)
+"""Of METIS cuts, tried in turn."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +50,11 @@ class Clients:
     def largest(self) -> int:
         """The client with most samples."""
         return max(range(len(self.samples)), key=self.samples.__getitem__)
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether a step sees some samples of a client, and not all of its part of a graph."""
+        return isinstance(self.objective, SampleObjective)
 
     def describe(self) -> dict[str, Any]:
         """What is trained on, as JSON values."""
@@ -130,12 +138,10 @@ def clients_of_graph(
             remedy="leave them out, and give split and clients",
         )
     if config.split == "clusters":
-        owner = spread_clusters(data, config.clients, seed=seed)
+        owner = _spread(data, config.clients, seed)
     else:
         parts = make_split(config.split).split(data.y, config.clients, seed=seed)
-        owner = torch.empty(data.num_nodes, dtype=torch.int64)
-        for client, part in enumerate(parts):
-            owner[part] = client
+        owner = owners_of(parts, data.num_nodes)
     order = torch.argsort(owner, stable=True)
     parts = torch.split(order, torch.bincount(owner, minlength=config.clients).tolist())
     objective = GraphObjective(
@@ -155,8 +161,14 @@ def _present(labels: Tensor, parts: Sequence[Tensor], num_classes: int) -> Tenso
     """``[K, C]`` bool: which classes each client has."""
     if labels.dim() != 1 or is_csr(labels) or labels.is_floating_point():
         return None
-    found = torch.zeros(len(parts), num_classes, dtype=torch.bool)
-    labels = labels.cpu()
-    for client, part in enumerate(parts):
-        found[client, labels[part]] = True
-    return found
+    return label_counts(labels, parts, num_classes) > 0
+
+
+def _spread(data: GraphData, clients: int, seed: int) -> Tensor:
+    """The client of every node, of as few clusters each as give every client a training node."""
+    for each in _CLUSTERS_PER_CLIENT[:-1]:
+        try:
+            return spread_clusters(data, clients, clusters_per_client=each, seed=seed)
+        except (ConfigError, DataError):
+            continue
+    return spread_clusters(data, clients, clusters_per_client=_CLUSTERS_PER_CLIENT[-1], seed=seed)

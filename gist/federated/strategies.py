@@ -40,8 +40,8 @@ class Strategy:
         synchronous: Whether the server sends work to a cohort, and waits for all of it.
         per_merge: Answers that an asynchronous server waits for before it merges them.
         proximal: µ of FedProx: clients are drawn back to where they started.
-        masked_outputs: Whether a client's loss leaves out classes that it has no samples of, and
-            the server their outputs from its answer.
+        masked_outputs: Whether outputs of classes that a client has no samples of are 0 in its
+            loss (HeteroFL), and left out of its answer.
     """
 
     selection: Selection = field(default_factory=Prefix)

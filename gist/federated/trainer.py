@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gist.batchnorm import tracks_statistics
 from gist.checkpoint import write_atomically
 from gist.config import (
     FederatedConfig,
@@ -162,15 +163,17 @@ class FederatedTrainer(SubnetTrainer):
 
     def _check_workers(self) -> None:
         if self.comm.is_distributed:
-            raise ConfigError(
-                "the clock of a federated run is one process's",
-                got=f"{self.comm.size} workers of torchrun",
-                remedy="start one process; on machines of clients, deploy it with gist.federated."
-                "flower",
-            )
+            raise one_process_only(self.comm.size)
 
     def _check_subnets(self) -> None:
-        """Nothing to check: a client holds at least one unit of every group."""
+        """A client holds at least one unit of every group; BatchNorm wants two samples of it."""
+        smallest = min(self.clients.samples)
+        if smallest < 2 and tracks_statistics(self.model) and self.clients.takes_batches:
+            raise ConfigError(
+                "BatchNorm cannot be trained on a single sample",
+                got=f"{smallest} at the smallest of {self.federated.clients} clients",
+                remedy="fewer clients, a split with min_samples=2, or another norm",
+            )
 
     def _find_room(self) -> Room | None:
         return None
@@ -418,6 +421,15 @@ class FederatedTrainer(SubnetTrainer):
 
     def _restore_more(self, state: dict[str, Any]) -> None:
         self.server.events = list(state["events"])
+
+
+def one_process_only(workers: int) -> ConfigError:
+    """What several workers are told."""
+    return ConfigError(
+        "a federated run is one process, whose clock has all clients",
+        got=f"{workers} workers",
+        remedy="start one process; on the machines of clients, use gist.federated.flower",
+    )
 
 
 def _prefixes(

@@ -18,6 +18,7 @@ from gist.graph.batch import (
     GraphBatch,
     training_graph,
 )
+from gist.graph.client_batches import ClientGraphSource
 from gist.graph.clusters import Cluster, ClusterSource
 from gist.graph.convert import SPLITS
 from gist.graph.data import GraphData
@@ -262,7 +263,10 @@ class GraphObjective:
         else:
             what, expected = "nodes that a batch may leave without an edge", "a self loop at each"
             isolated = ~graph.self_looped()
-        if not (isinstance(batches, FullGraphSource | ClusterSource) or bool(isolated.any())):
+        if not (
+            isinstance(batches, FullGraphSource | ClusterSource | ClientGraphSource)
+            or bool(isolated.any())
+        ):
             seen = batches.largest_batch().graph  # a loader may leave out self loops
             if isinstance(seen, Adjacency):
                 what, isolated = "nodes of a batch without an edge", seen.rows.counts() == 0

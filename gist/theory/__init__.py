@@ -7,7 +7,7 @@ and says so.
 """
 
 from gist.theory.assumptions import GraphReport, graph_report
-from gist.theory.delay import DelayedTraining, delayed_gain, delayed_rates
+from gist.theory.delay import delayed_gain, delayed_rates
 from gist.theory.graph_kernels import (
     gist_gamma,
     gist_gap,
@@ -41,7 +41,6 @@ __all__ = [
     "SCHEMES",
     "VARIED",
     "Contraction",
-    "DelayedTraining",
     "Floor",
     "GraphReport",
     "MaskedTraining",

@@ -1,69 +1,19 @@
-"""Masked training on gradients that are some rounds old: a model of asynchronous training.
+"""What a delay does to a mode of the residual. Not in the papers.
 
-Shape legend: ``n`` samples, as many modes.
+AsyncDrop's theorem (arXiv 2210.16105, section 3.1) bounds masked training on changes that are E
+rounds old; :class:`~gist.theory.masked.MaskedTraining` does it. Here is the lazy prediction.
+
+Shape legend: ``n`` modes.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 
 import numpy as np
 import torch
 from scipy.linalg import solve_discrete_lyapunov
 from torch import Tensor
-
-from gist.errors import ConfigError
-from gist.theory.masked import MaskedTraining, single_step
-from gist.theory.problem import Network, Problem
-from gist.theory.scheme import Scheme
-
-
-class DelayedTraining(MaskedTraining):
-    """What AsyncDrop's theorem is about (arXiv 2210.16105, section 3.1), in one process.
-
-    Every round adds the change that subnets of the network of E rounds ago make of it; in the first
-    rounds that is the network at the start. With E = 0 it is :class:`MaskedTraining`.
-
-    Args:
-        problem: Samples and targets.
-        network: Where it starts from.
-        scheme: Masks; one local step.
-        lr: η.
-        delay: E, in rounds.
-        seed: Seed of the masks.
-
-    Raises:
-        ConfigError: several local steps, or a delay below 0.
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        network: Network,
-        scheme: Scheme,
-        *,
-        lr: float,
-        delay: int,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(problem, network, scheme, lr=lr, seed=seed)
-        if scheme.local_steps != 1 or delay < 0:
-            raise ConfigError(
-                "delayed training takes one local step, some rounds late",
-                got=f"local_steps={scheme.local_steps}, delay={delay}",
-                expected="local_steps=1, delay from 0 on",
-            )
-        self.delay = delay
-        self._past = deque([network], maxlen=delay + 1)
-
-    def round(self) -> None:
-        """Masks, a step from the gradients of old weights, merge."""
-        self.network = single_step(
-            self.problem, self.network, self._masks(), lr=self.lr, taken_at=self._past[0]
-        )
-        self._past.append(self.network)
-        self.rounds += 1
 
 
 def delayed_rates(shares: Tensor, delay: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gist.errors import ConfigError
 from gist.partition.samplers import Bernoulli
 from gist.theory.assumptions import GraphReport, graph_report
-from gist.theory.delay import DelayedTraining, delayed_rates
+from gist.theory.delay import delayed_rates
 from gist.theory.kernels import Spectrum
 from gist.theory.masked import MaskedTraining
 from gist.theory.noise import noise_floor
@@ -249,9 +249,7 @@ def _floor(
     unmasked = replace(problem, y=problem.y / scheme.keep)
     fit = MaskedTraining(unmasked, network, Scheme.whole(), lr=1 / float(values[-1]))
     fit.fit(_rounds_to_settle(fit.scheme, fit.lr, values))
-    training = MaskedTraining(problem, network, scheme, lr=lr, seed=seed)
-    if delay:
-        training = DelayedTraining(problem, network, scheme, lr=lr, delay=delay, seed=seed)
+    training = MaskedTraining(problem, network, scheme, lr=lr, delay=delay, seed=seed)
     training.fit(_rounds_to_settle(scheme, lr, scheme.keep * values, delay))
     losses = training.fit(averaged).square().sum(dim=1)
     return {

@@ -6,6 +6,7 @@ widest subnet, ``R`` rounds.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -42,11 +43,16 @@ class MaskedTraining:
     ``½ ‖y - f_l‖²`` from the same weights, and sets every neuron to its mean over the subnets that
     held it: ``w_r + Σ_l Δw^l_r / max(X_r, 1)``, X_r of them.
 
+    With a delay the change is that which subnets of the network of E rounds ago make of it, in the
+    first rounds of the network at the start: what AsyncDrop's theorem is about (arXiv 2210.16105,
+    section 3.1).
+
     Args:
         problem: Samples and targets.
         network: Where it starts from.
         scheme: Masks and local steps.
         lr: η.
+        delay: E, in rounds; above 0 with one local step.
         seed: Seed of the masks.
 
     Attributes:
@@ -54,16 +60,30 @@ class MaskedTraining:
         rounds: Rounds that are done.
 
     Raises:
-        ConfigError: η is no positive number.
+        ConfigError: η is no positive number, or a delay that cannot be.
     """
 
     def __init__(
-        self, problem: Problem, network: Network, scheme: Scheme, *, lr: float, seed: int = 0
+        self,
+        problem: Problem,
+        network: Network,
+        scheme: Scheme,
+        *,
+        lr: float,
+        delay: int = 0,
+        seed: int = 0,
     ) -> None:
         if not lr > 0:
             raise ConfigError("lr must be a positive number", got=lr)
+        if delay < 0 or (delay and scheme.local_steps > 1):
+            raise ConfigError(
+                "changes are some rounds late, of one local step each",
+                got=f"delay={delay}, local_steps={scheme.local_steps}",
+                expected="delay from 0 on; local_steps=1 where it is above 0",
+            )
         self.problem, self.network, self.scheme = problem, network, scheme
         self.lr, self.seed, self.rounds = lr, seed, 0
+        self._past = deque([network], maxlen=delay + 1)
 
     def residual(self) -> Tensor:
         """``y - u`` [n], where ``u = ξ f`` is the mean output of a subnet over the masks."""
@@ -75,17 +95,23 @@ class MaskedTraining:
 
     def round(self) -> None:
         """Masks, local steps, merge."""
-        if self.scheme.local_steps == 1:
-            self.network = single_step(self.problem, self.network, self._masks(), lr=self.lr)
+        if self.scheme.local_steps > 1:
+            self._advance(self._merged())
         else:
-            self._round_of_subnets()
-        self.rounds += 1
+            old = self._past[0]
+            masks = self._masks()
+            self._advance(single_step(self.problem, self.network, masks, lr=self.lr, taken_at=old))
 
     def traced_round(self) -> RoundTrace:
-        """One round with the losses on its way."""
+        """One round with the losses on its way.
+
+        Raises:
+            ConfigError: there is a delay: subnets are not cut out of the network that they change.
+        """
+        if self._past.maxlen != 1:
+            raise ConfigError("the losses within a round cannot be told where there is a delay")
         before, losses = self.loss(), list[Tensor]()
-        self._round_of_subnets(losses)
-        self.rounds += 1
+        self._advance(self._merged(losses))
         local = tuple(float(each.mean()) for each in losses)
         return RoundTrace(before=before, local=local, after=self.loss())
 
@@ -114,16 +140,18 @@ class MaskedTraining:
     def _masks(self) -> Tensor:
         return self.scheme.masks(self.network.width, seed=self.seed, round=self.rounds)
 
-    def _round_of_subnets(self, losses: list[Tensor] | None = None) -> None:
+    def _merged(self, losses: list[Tensor] | None = None) -> Network:
+        """Local steps and merge, subnet by subnet."""
+        problem, network, steps = self.problem, self.network, self.scheme.local_steps
         held, trained = train_subnets(
-            self.problem,
-            self.network,
-            self._masks(),
-            lr=self.lr,
-            local_steps=self.scheme.local_steps,
-            losses=losses,
+            problem, network, self._masks(), lr=self.lr, local_steps=steps, losses=losses
         )
-        self.network = merge_subnets(self.network, held, trained)
+        return merge_subnets(network, held, trained)
+
+    def _advance(self, network: Network) -> None:
+        self.network = network
+        self._past.append(network)
+        self.rounds += 1
 
 
 def train_subnets(
@@ -149,8 +177,8 @@ def train_subnets(
         The neurons of each subnet, ascending, and ``[p, w, d]`` their trained weights, padded.
     """
     held = list(torch.split(masks.nonzero()[:, 1], masks.sum(dim=1).tolist()))
-    weight = network.weight[pad_sequence(held, batch_first=True)]
-    output = pad_sequence([network.output_weights[units] for units in held], batch_first=True)
+    weight, output = network.weight[pad_sequence(held, batch_first=True)], network.output_weights
+    output = pad_sequence([output[units] for units in held], batch_first=True)
     factor = output[:, :, None]  # [p, w, 1]; 0 where padded, so that nothing comes of it
     active = weight.new_empty(*weight.shape[:2], problem.num_samples)  # [p, w, n]
     gradient = torch.empty_like(weight)

@@ -30,7 +30,7 @@ def copy_variance(keep: float, num_subnets: int) -> float:
 
     Of ``(1/X_r) Σ_l m^l_r m^l_s`` given ``X_r >= 1`` holders, Bernoulli masks:
     ``ξ(1-ξ) E[1/X | X >= 1]``. Lemma 28 of arXiv 2112.02668 prints :func:`bound_variance` for it,
-    which is wrong, and no upper bound where there are many subnets.
+    which is another number, and smaller where ξ is small and p large (ξ = 0.1, p = 10).
 
     Args:
         keep: ξ.

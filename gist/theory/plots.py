@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gist.theory.lab import Contraction, Floor
 from gist.theory.masked import RoundTrace
@@ -40,15 +42,9 @@ def contraction_plot(records: Sequence[Contraction]) -> Figure:
     low = min(min(record.predicted) for record in records)
     ax.plot([low, 1], [low, 1], color=_INK, linewidth=0.8, alpha=0.5)
     for i, record in enumerate(records):
-        look = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-        ax.plot(
-            record.predicted,
-            record.measured,
-            linestyle="",
-            markersize=3.5,
-            label=record.name,
-            **look,
-        )
+        look: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": ""}
+        look |= {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 3.5, "label": record.name}
+        ax.plot(record.predicted, record.measured, **look)
     ax.set_xlabel("share of a mode that a round leaves, predicted")
     ax.set_ylabel("measured")
     ax.legend(**_LEGEND)
@@ -70,8 +66,9 @@ def floor_plot(records: Sequence[Floor]) -> Figure:
         for name, colour, dash in (("predicted", _INK, "--"), ("measured", _COLOURS[0], "-")):
             shown = [(r.value, getattr(r, name)) for r in these if getattr(r, name) > 0]
             if shown:
-                look = {"color": colour, "linestyle": dash, "marker": "." if dash == "-" else None}
-                ax.plot(*zip(*shown, strict=True), label=name, **look)
+                marker = "." if dash == "-" else None
+                x, y = zip(*shown, strict=True)
+                ax.plot(x, y, label=name, color=colour, linestyle=dash, marker=marker)
         ax.set_yscale("log")
         values = [record.value for record in these]
         if min(values) > 0 and max(values) > 4 * min(values):
@@ -94,21 +91,22 @@ def sawtooth_plot(traces: Sequence[RoundTrace]) -> Figure:
     """
     figure = Figure(figsize=(7.0, 2.9), layout="constrained")
     ax = figure.subplots()
+    dots: dict[str, Any] = {"color": _COLOURS[1], "linestyle": ":"}
     for i, trace in enumerate(traces):
-        steps = len(trace.local) - 1
-        inside = [i + (j + 1) / (steps + 2) for j in range(steps + 1)]
-        label = {"label": "subnets, mean"} if i == 0 else {}
-        ax.plot(inside, trace.local, color=_COLOURS[1], marker=".", markersize=3, **label)
-        ax.plot([i, inside[0]], [trace.before, trace.local[0]], color=_COLOURS[1], linestyle=":")
-        ax.plot(
-            [inside[-1], i + 1], [trace.local[-1], trace.after], color=_COLOURS[1], linestyle=":"
-        )
+        places = np.linspace(i, i + 1, len(trace.local) + 2)
+        losses = [trace.before, *trace.local, trace.after]
+        ax.plot(places, losses, **dots)
+        ax.plot(places[1:-1], trace.local, color=_COLOURS[1], marker=".", markersize=3)
     whole = [traces[0].before, *(trace.after for trace in traces)]
-    ax.plot(range(len(whole)), whole, color=_COLOURS[0], marker="o", linestyle="", label="network")
+    ax.plot(range(len(whole)), whole, color=_COLOURS[0], marker="o", linestyle="")
     ax.set_yscale("log")
     ax.set_xlabel("round")
     ax.set_ylabel("loss")
-    ax.legend(**_LEGEND)
+    handles = [
+        Line2D([], [], color=_COLOURS[0], marker="o", linestyle="", label="network"),
+        Line2D([], [], color=_COLOURS[1], marker=".", label="mean of the subnets"),
+    ]
+    ax.legend(handles=handles, **_LEGEND)
     _tidy(ax)
     return figure
 

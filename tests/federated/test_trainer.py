@@ -257,7 +257,7 @@ def test_fedprox_stays_nearer_to_where_it_started(digits):
 
 def test_masked_outputs_leave_other_classes_alone(digits):
     trainer = trainer_of(digits, strategy="heterofl", rounds=1, in_flight=1, capacity=1.0)
-    name = [n for n, t in model_tensors(trainer.model).items() if len(t) == 10][0]
+    name = next(n for n, t in model_tensors(trainer.model).items() if len(t) == 10)
     before = bits_of(trainer)[name]
     trainer.fit()
     client = trainer.timeline.tasks[0].request.client

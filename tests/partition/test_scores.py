@@ -190,7 +190,7 @@ def test_a_block_moves_with_all_of_its_weights():
     now = moved(before)
     (group,) = spec.groups
     found = unit_changes(now, before, spec)[group]
-    for unit, path in enumerate(p for p in spec.blocks):
+    for path, (_, unit) in spec.blocks.items():
         convs = (f"{path}.conv1.weight", f"{path}.conv2.weight")
         expected = sum(float((now[n] - before[n]).abs().sum()) for n in convs)
         assert found[unit].item() == pytest.approx(expected)

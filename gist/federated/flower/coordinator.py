@@ -46,6 +46,7 @@ class _Flight:
     Attributes:
         client: Who was sent it.
         sent: What.
+        rate: Factor on the base learning rate.
         share: Of the model's entries that it holds.
         most_bytes: Largest answer that is read.
         until: When it is given up, or forgotten.
@@ -53,6 +54,7 @@ class _Flight:
 
     client: Client
     sent: Sent
+    rate: float
     share: float
     most_bytes: int
     until: float
@@ -122,7 +124,7 @@ class Coordinator:
         self._bytes_sent = self._bytes_received = 0
         self._seen = 0.0
         self._stopped = False
-        self._factor = learning_rate_factor(config.schedule, 0.0)
+        self._factor = self._last_rate = learning_rate_factor(config.schedule, 0.0)
 
     def run(self) -> TrainResult | None:
         """Trains for the whole budget.
@@ -229,6 +231,7 @@ class Coordinator:
         self._flying[message] = _Flight(
             client=client,
             sent=sent,
+            rate=self._factor,
             share=sum(t.numel() for t in tensors.values())
             / sum(math.prod(layout.shape) for layout in layouts),
             most_bytes=2 * records.nbytes + _HEADER * (len(records.arrays) + 1),
@@ -308,7 +311,7 @@ class Coordinator:
 
     def _keep(self, flight: _Flight, outcome: Outcome, part: Part, nbytes: int) -> None:
         """Takes an answer that is sound."""
-        client, self._useless = flight.client, 0
+        client, self._useless, self._last_rate = flight.client, 0, flight.rate
         step_seconds = outcome.seconds / self.config.local_steps / flight.share
         client.answered(step_seconds=step_seconds, samples=outcome.samples)
         self._parts.append(part)
@@ -345,7 +348,7 @@ class Coordinator:
             num_subnets=len(parts),
             local_steps=self.config.local_steps,
             epochs=max(self._seen / self._roster.samples, last.epochs if last else 0.0),
-            learning_rate_factor=self._factor,
+            learning_rate_factor=self._last_rate,
             train_loss=sum(losses) / len(losses)
             if losses
             else (last.train_loss if last else math.nan),

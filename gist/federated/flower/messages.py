@@ -225,9 +225,10 @@ def _unpacked(
         if kind not in found or name in found[kind]:
             raise _damaged("arrays", key[:80], f"kinds {', '.join(found)}, each name once")
         try:
-            tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+            plain = np.array(array, dtype=np.int16 if bits else array.dtype.newbyteorder("="))
+            tensor = torch.from_numpy(plain)
             found[kind][name] = tensor.view(torch.bfloat16) if bits else tensor
-        except (TypeError, RuntimeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise _damaged(key[:80], str(error)[:200], "an array of numbers") from error
     return found
 
