@@ -452,6 +452,56 @@ def report(
 
 
 @app.command()
+def theory(
+    experiment: Annotated[str, typer.Argument(help="contraction, floors or graph.")],
+    dataset: Annotated[
+        str | None, typer.Argument(help="graph: a dataset whose assumptions are checked.")
+    ] = None,
+    vary: Annotated[
+        str | None,
+        typer.Option(
+            help="floors: num_subnets, keep, local_steps, width, lr, scale or delay; the first by "
+            "default."
+        ),
+    ] = None,
+    values: Annotated[str | None, typer.Option(help="floors: its values, with commas.")] = None,
+    width: Annotated[int | None, typer.Option(help="Neurons; not of graph.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="contraction: rounds of each run.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="contraction: runs of each scheme.")] = None,
+    subnets: Annotated[int | None, typer.Option(help="graph: m.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="graph: ζ.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a figure into this file.")] = None,
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Measure what the theory predicts, or check what it assumes of a graph."""
+    from gist.plots import save_figure
+    from gist.theory.command import run
+
+    _use(threads, "cpu")
+    outcome, shown, figure = run(
+        experiment,
+        dataset,
+        vary=vary,
+        values=None if values is None else _counts_or_numbers("values", values),
+        width=width,
+        rounds=rounds,
+        repeats=repeats,
+        num_subnets=subnets,
+        local_steps=local_steps,
+        seed=seed,
+    )
+    if plot is not None:
+        if figure is None:
+            raise ConfigError("there is no figure of a graph's report", remedy="leave --plot out")
+        save_figure(figure, plot)
+    _write_json(json_file, {**outcome, "command": _command()})
+    if json_file != Path("-"):
+        _console.print(shown, highlight=False)
+
+
+@app.command()
 def doctor(json_file: JsonFile = None) -> None:
     """Say what is installed, which kernels will be used, and why not others."""
     from gist.doctor import diagnose, render
@@ -680,6 +730,10 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
         raise ConfigError(
             f"cannot read {name}", got=repr(text), expected="numbers such as 1,0.5"
         ) from None
+
+
+def _counts_or_numbers(name: str, text: str) -> tuple[int | float, ...]:
+    return tuple(int(n) if n == int(n) else n for n in _numbers(name, text))
 
 
 def _pairs(options: list[str] | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class RoundReport:
             what it waited for them.
         bytes_sent: By this process to others.
         bytes_received: By this process from others.
-        clock: Seconds of a clock that is counted, at the end of the round; None where there is none.
+        clock: At the end of the round, seconds of a clock that is counted; None without one.
     """
 
     train_loss: float

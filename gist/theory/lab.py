@@ -48,7 +48,7 @@ SCHEMES = (
 VARIED = ("num_subnets", "keep", "local_steps", "width", "lr", "scale", "delay")
 """What :func:`floors` varies: p, ξ, τ, m, η, κ, E."""
 
-_SETTLED = 10.0
+_SETTLED, _MAX_ROUNDS = 10.0, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,8 @@ def floors(
         "delay": delay,
     }
     out = []
-    for value in values:
+    for given in values:
+        value = given if vary in ("keep", "lr", "scale") else _whole(vary, given)
         changed: dict[str, Any] = {vary: value}
         if vary == "keep":
             changed = {"scheme": replace(scheme, sampler=Bernoulli(value))}
@@ -245,12 +246,13 @@ def _floor(
     seed: int,
 ) -> dict[str, Any]:
     network = Network.draw(width, problem.dim, scale=scale, seed=seed)
-    values = Spectrum.of(problem.finite_kernel(network), vectors=False).values
+    values = _eigenvalues(problem, network)
     unmasked = replace(problem, y=problem.y / scheme.keep)
     fit = MaskedTraining(unmasked, network, Scheme.whole(), lr=1 / float(values[-1]))
     fit.fit(_rounds_to_settle(fit.scheme, fit.lr, values))
+    values = scheme.keep * _eigenvalues(problem, fit.network)
     training = MaskedTraining(problem, network, scheme, lr=lr, delay=delay, seed=seed)
-    training.fit(_rounds_to_settle(scheme, lr, scheme.keep * values, delay))
+    training.fit(_rounds_to_settle(scheme, lr, values, delay))
     losses = training.fit(averaged).square().sum(dim=1)
     return {
         "rounds": training.rounds,
@@ -264,14 +266,25 @@ def default_lr(problem: Problem) -> float:
     return 0.5 / Spectrum.of(problem.kernel(), vectors=False).largest
 
 
+def _whole(name: str, value: float) -> int:
+    if value != int(value):
+        raise ConfigError(f"{name} must be a whole number", got=value)
+    return int(value)
+
+
+def _eigenvalues(problem: Problem, network: Network) -> Tensor:
+    return Spectrum.of(problem.finite_kernel(network), vectors=False).values
+
+
 def _rounds_to_settle(scheme: Scheme, lr: float, eigenvalues: Tensor, delay: int = 0) -> int:
     """Rounds after which what is left of every mode is e^-10 of it, about."""
     rates = mode_rates(scheme, lr=lr, eigenvalues=eigenvalues)
     slowest = float((delayed_rates(1 - rates, delay) if delay else rates.abs()).max())
-    if not slowest < 1:
+    rounds = _SETTLED / -math.log(slowest) if slowest < 1 else math.inf
+    if not rounds < _MAX_ROUNDS:
         raise ConfigError(
-            "there is no floor: a mode of the residual does not shrink",
+            f"a mode of the residual does not shrink within {_MAX_ROUNDS:,} rounds",
             got=f"{scheme}, lr={lr:g}, delay={delay}",
-            remedy="lower lr; or take fewer samples, no two of them parallel",
+            remedy="another lr; or fewer samples, no two of them parallel",
         )
-    return math.ceil(-_SETTLED / math.log(slowest))
+    return math.ceil(rounds)

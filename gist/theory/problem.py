@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -86,8 +87,15 @@ class Problem:
     def _propagated(self, kernel: Tensor) -> Tensor:
         if self.propagation is None:
             return kernel
-        kernel = self.propagation @ kernel @ self.propagation
+        kernel = self._product(self._product(kernel).T)
         return (kernel + kernel.T) / 2
+
+    def _product(self, dense: Tensor) -> Tensor:
+        """:attr:`propagation` times a matrix, with its zeros left out where most are."""
+        assert self.propagation is not None
+        if int(self.propagation.count_nonzero()) > self.propagation.numel() / 20:
+            return self.propagation @ dense
+        return torch.from_numpy(sp.csr_array(self.propagation.numpy()) @ dense.numpy())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -370,6 +370,8 @@ def test_helios_trains_what_moved_most_and_leaves_out_nothing_for_long():
         last_trained[units["hidden.0"]] = turn
         assert (turn - last_trained).max() <= 2 * 4 + 4, "2/p turns, and a few for the queue"
         selection.observe(asked, answer(server, units, moves=moves), server, state)
+        if turn >= 20:  # by then each was trained once
+            assert torch.equal(state["3.idle/hidden.0"], turn - last_trained)
     assert times[-2:].min() > times[:10].max(), "the core"
     moved = state["3.moved/hidden.0"]
     torch.testing.assert_close(
@@ -431,6 +433,20 @@ def test_the_set_of_prunefl_is_one_and_made_anew_by_squared_gradients():
     assert sets[13] == set(ranked(moves["hidden.0"])[:6].tolist())
     best = selection.select(server.spec.sizes, request(capacity=0.1), server, state)["hidden.0"]
     assert best.tolist() == [3, 10], "a smaller client holds the first of the same"
+
+
+def test_prunefl_keeps_what_it_knew_of_units_that_nobody_held():
+    server, selection, state = Server.of(6), PruneFL(every=1), {}
+    moves, inf = {"hidden.0": torch.arange(1.0, 7.0)}, math.inf
+    expected = torch.full((6,), inf, dtype=torch.float64)
+    for merge, held in enumerate([[0, 1], [1, 3], [4]]):
+        report = answer(server, {"hidden.0": torch.tensor(held)}, moves=moves)
+        selection.observe(request(merges=merge), report, server, state)
+        if merge:
+            torch.testing.assert_close(state["scores/hidden.0"], expected, rtol=1e-5, atol=1e-5)
+        for unit in held:
+            expected[unit] = 4 * (unit + 1) ** 2  # four weights of each moved by its number
+    assert state["scores/hidden.0"].isinf().tolist() == [False, False, True, False, True, True]
 
 
 @given(requests(), st.integers(1, 60))

@@ -300,6 +300,31 @@ def test_server_optimisers_are_those_of_the_paper(name):
     assert state.keys() == ({"m/t"} if name == "momentum" else {"m/t", "v/t"})
 
 
+@each_rule
+def test_entries_between_two_parts_are_idle(rule):
+    """Of a matrix each holds a block on the diagonal; what lies beside these has its moments."""
+    model = MLP(4, 6, 3, num_layers=3, norm=None)
+    spec, tensors, state = partition_spec(model), as_parameters(model_tensors(model)), {}
+
+    def part(*units: int) -> Part:
+        held = {group: (torch.tensor(units),) for group in spec.groups}
+        assignment = Assignment(round=0, sizes=spec.sizes, held=held)
+        start = extract(tensors, spec, assignment, 0)
+        return Part(assignment=assignment, tensors=trained(start, len(units)), start=start)
+
+    rule.merge(tensors, spec, [part(*range(6))], state)
+    before, moments = copies(tensors), copies(state)
+    rule.merge(tensors, spec, [part(0, 2), part(3, 4, 5)], state)
+    name, idle = "linears.1.weight", torch.ones(6, 6, dtype=torch.bool)
+    for units in ([0, 2], [3, 4, 5]):
+        idle[torch.tensor(units)[:, None], torch.tensor(units)] = False
+    assert bits(tensors[name][idle]) == bits(before[name][idle])
+    assert not torch.any(tensors[name][~idle] == before[name][~idle])
+    for key in {f"m/{name}", f"v/{name}"} & state.keys():
+        assert bits(state[key][idle]) == bits(moments[key][idle])
+        assert not torch.any(state[key][~idle] == moments[key][~idle])
+
+
 def test_statistics_are_averaged_where_parameters_are_stepped():
     """A change that is added to a variance that has fallen since would take it below zero."""
     tensors = {"w": torch.tensor([1.0]), "running_var": torch.tensor([0.1])}

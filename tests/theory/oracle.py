@@ -1,4 +1,4 @@
-"""Masked training subnet by subnet, with gradients by autograd: what the fast one is held against."""
+"""Masked training subnet by subnet, gradients by autograd: what the fast one is held against."""
 
 from __future__ import annotations
 

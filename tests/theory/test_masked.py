@@ -43,8 +43,8 @@ def network(width: int = 1000, *, problem: Problem = PROBLEM, scale: float = KAP
 def small_problems(draw: st.DrawFn) -> Problem:
     problem = Problem.sphere(draw(st.integers(1, 6)), draw(st.integers(1, 4)), seed=draw(seeds))
     if draw(st.booleans()):
-        matrix = torch.randn(len(problem.y), len(problem.y), dtype=torch.float64)
-        problem = Problem(x=problem.x, y=problem.y, propagation=matrix + matrix.T)
+        matrix = problem.x @ problem.x.T + torch.diag(problem.y)
+        problem = Problem(x=problem.x, y=problem.y, propagation=matrix)
     return problem
 
 
@@ -83,13 +83,11 @@ def test_03_fast_rounds_are_the_naive_ones(problem, width, num_subnets, steps, s
 def test_03_it_is_what_the_engine_does_to_a_model():
     torch.manual_seed(0)
     problem, width, steps, lr = Problem.sphere(12, 5), 40, 3, 0.05
-    model = nn.Sequential(
-        nn.Linear(5, width, bias=False), nn.ReLU(), nn.Linear(width, 1, bias=False)
-    )
-    model = model.double()
-    net = Network(
-        weight=model[0].weight.detach().clone(), signs=model[2].weight.detach()[0] * width**0.5
-    )
+    layers = nn.Linear(5, width, bias=False), nn.ReLU(), nn.Linear(width, 1, bias=False)
+    layers = nn.Linear(5, width, bias=False), nn.ReLU(), nn.Linear(width, 1, bias=False)
+    model = nn.Sequential(*layers).double()
+    first, last = (layer.weight.detach().clone() for layer in (model[0], model[2]))
+    net = Network(weight=first, signs=last[0] * width**0.5)
     spec = partition_spec(model)
     (group,) = spec.groups
     for sampler in (Bernoulli(0.5), Categorical(), DisjointUniform()):

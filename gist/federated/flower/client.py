@@ -39,14 +39,14 @@ def client_app(
     mods: Sequence[Any] = (),
     **settings: Any,
 ) -> Any:
-    """The ``ClientApp`` of a client that trains what :func:`server_app` sends it.
+    """The ``ClientApp`` of a client that trains what the server sends it.
 
     >>> app = client_app(make_model, own_data, batch_size=32)
 
     Args:
-        model_fn: Makes the whole model, given Flower's ``Context``; its values do not matter. On
-            the ``meta`` device it takes no memory, and what is sent is trained on the CPU; else
-            where the model is.
+        model_fn: Makes the whole model, given Flower's ``Context``; its values do not matter. What
+            is sent is trained where the model is; of one on the ``meta`` device, which takes no
+            memory, on the CPU.
         data_fn: The client's own data, given the ``Context``, whose ``node_config`` says which
             client this is: samples, or a graph. Their training split is what is trained on.
         wiring: For a model whose wiring is not known.

@@ -23,6 +23,8 @@ from gist.partition.spec import PartitionSpec
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
+_ORDINARY = ("sent", "merged")
+
 _METRICS = ("train_metric", "val_metric", "test_metric", "val_loss")
 
 
@@ -70,8 +72,11 @@ class Ledger:
             self._metrics(evaluate)
 
     def log(self, event: str, client: int | None, **more: Any) -> None:
-        """Takes down what happened."""
+        """Takes down what happened, and says what is out of the ordinary."""
         self.events.append({"time": self.clock(), "event": event, "client": client, **more})
+        if event not in _ORDINARY:
+            what = f"client {client} {event}" if client is not None else event
+            self._say(f"{what}: {more['reason']}" if "reason" in more else what)
 
     def add(self, record: RoundRecord, *, is_last: bool) -> None:
         """Takes the record of a merge, and evaluates the model if it is time to."""

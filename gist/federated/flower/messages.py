@@ -222,11 +222,10 @@ def _unpacked(
         kind, _, name = key.partition("/")
         bits = kind.startswith(f"{_BFLOAT16}.")
         kind = kind.removeprefix(f"{_BFLOAT16}.")
-        if kind not in found or name in found[kind]:
+        if kind not in found or name in found[kind] or (bits and array.dtype != np.int16):
             raise _damaged("arrays", key[:80], f"kinds {', '.join(found)}, each name once")
         try:
-            plain = np.array(array, dtype=np.int16 if bits else array.dtype.newbyteorder("="))
-            tensor = torch.from_numpy(plain)
+            tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
             found[kind][name] = tensor.view(torch.bfloat16) if bits else tensor
         except (TypeError, ValueError) as error:
             raise _damaged(key[:80], str(error)[:200], "an array of numbers") from error

@@ -92,9 +92,9 @@ class Roster:
         """
         working = {client.number for client in busy}
         idle = [c.number not in working and c.rests_until <= now for c in self.here]
-        generator = stream(*key)
-        while any(idle):
+        if not any(idle):
+            return None
+        generator, place = stream(*key), -1
+        while place < 0 or not idle[place]:
             place = int(torch.randint(len(idle), (), generator=generator))
-            if idle[place]:
-                return self.here[place]
-        return None
+        return self.here[place]

@@ -41,7 +41,9 @@ def server_app(
     wiring: Wiring | None = None,
     **settings: Any,
 ) -> Any:
-    """The ``ServerApp`` that trains a model on the data of clients: see :class:`Coordinator`.
+    """The ``ServerApp`` that trains a model on the data of clients.
+
+    What it does: :class:`~gist.federated.flower.coordinator.Coordinator`.
 
     >>> app = server_app(make_model, evaluate_fn=evaluate_on(data), strategy="asyncdrop", rounds=50)
 
@@ -51,13 +53,13 @@ def server_app(
     Args:
         model_fn: Makes the model, given Flower's ``Context``; the same as the clients'.
         evaluate_fn: Metrics of a model, named as in :class:`~gist.history.RoundRecord`; see
-            :func:`evaluate_on`. None: the model is not evaluated.
+            :func:`~gist.federated.flower.evaluate_on`. None: the model is not evaluated.
         wiring: For a model whose wiring is not known.
-        **settings: The attributes of :class:`Deployment`, and of
-            :class:`~gist.config.TrainConfig`: ``rounds``, the budget of merges; ``local_steps``,
+        **settings: The attributes of :class:`~gist.federated.flower.deployment.Deployment`, and of
+            :class:`~gist.config.TrainConfig`: ``rounds``, the budget of merges, ``local_steps``,
             ``optimizer`` (by name), ``lr``, ``weight_decay``, ``schedule``, ``clip_norm``,
             ``precision``, ``width_correction``, ``eval_every``, ``keep_best``, ``out``,
-            ``callbacks``, ``progress``, ``seed``. Defaults are those of
+            ``callbacks``, ``progress`` and ``seed``. Defaults are those of
             :class:`~gist.FederatedTrainer`, and 100 merges.
 
     Raises:
@@ -111,7 +113,7 @@ def read_settings(
     """Settings of a run, those of a run configuration first.
 
     Args:
-        settings: Of :class:`Deployment` and :class:`~gist.config.TrainConfig`.
+        settings: As for :func:`server_app`.
         run_config: By name; other names are left alone.
 
     Raises:
