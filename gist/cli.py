@@ -326,7 +326,7 @@ def train(
         if (clock := trainer.history[-1].clock) is not None:
             of = f"{len(trainer.history)} merges in {clock:,.0f} s of the clock"
         _console.print(
-            f"{dataset}, {experiment.method}, {of}: "
+            f"{summary['dataset']}, {experiment.method}, {of}: "
             f"{trainer.metric} "
             f"[bold]{100 * result.test_metric:.2f}%[/] test, "
             f"{100 * result.val_metric:.2f}% validation (round {result.best.round + 1} of "

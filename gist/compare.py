@@ -118,7 +118,7 @@ def compare(
     rows = [_row(m, r, f) for m, r, f in zip(methods, runs, folders, strict=True)]
     for row in rows:
         row["speedup"] = rows[0]["seconds"] / row["seconds"] if full else None
-    table = {"dataset": base.dataset, "metric": runs[0][0]["metric"], "rows": rows}
+    table = {"dataset": runs[0][0]["dataset"], "metric": runs[0][0]["metric"], "rows": rows}
     if out is not None:
         write_atomically(out / "table.json", json.dumps(table, indent=1))
     return table

@@ -175,7 +175,7 @@ class Experiment:
         model_settings, _ = self.family.split_model_settings(self.resolved())
         subnets = trainer.config.num_subnets
         return {
-            "dataset": self.dataset,
+            "dataset": self.family.name_of(self.dataset, getattr(trainer, "data", None)),
             "method": self.method,
             "model": model_settings["model"],
             "executor": trainer.executor.name,

@@ -23,6 +23,7 @@ from gist.execution.memory import free_memory, memory_in_use
 from gist.graph.inference import passes_messages
 from gist.graph.objective import GraphObjective
 from gist.graph.outline import OutlineObjective
+from gist.partition.grouped.grouping import never_grouped
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.samples.data import SampleData
 from gist.samples.loaders import first_batch
@@ -100,7 +101,8 @@ def find_room(
     if isinstance(objective, GraphObjective):
         bound = in_use + _bound_on_graph(model, objective)
     else:
-        most = max(m for _, m in config.phases)
+        apart = config.executor == "serial" or config.shared_batches is False
+        most = 1 if apart or never_grouped(model, spec) else max(m for _, m in config.phases)
         bound = in_use + _bound_on_samples(model, objective, most)
     if bound * GROWTH <= limit:
         return Room(needed=bound, limit=limit)
@@ -158,8 +160,8 @@ def _bound_on_graph(model: nn.Module, objective: GraphObjective) -> int:
     return _COPIES * (parameters + rows * columns * data.x.element_size()) + 64 * data.num_edges
 
 
-def _bound_on_samples(model: nn.Module, objective: SampleObjective, num_subnets: int) -> int:
-    """Likewise, with all subnets side by side; scores are computed without a backward pass."""
+def _bound_on_samples(model: nn.Module, objective: SampleObjective, side_by_side: int) -> int:
+    """Likewise, of so many subnets at once; scores are computed without a backward pass."""
     data, config, like = objective.data, objective.config, objective.data.example()
     batch, scored, together = config.batch_size, config.eval_batch_size, 0
     if isinstance(data, SampleData):
@@ -171,7 +173,7 @@ def _bound_on_samples(model: nn.Module, objective: SampleObjective, num_subnets:
     parameters = sum(tensor.nbytes for tensor in tensors)
     columns = data.num_classes + sum(max(t.shape, default=0) for t in tensors)
     sample = math.prod(like.shape[1:]) + columns * _places(model, like.shape[1:])
-    rows = _COPIES * batch * num_subnets + _COPIES_SCORED * scored
+    rows = _COPIES * batch * side_by_side + _COPIES_SCORED * scored
     kept = 2 * together * data.num_classes
     return _COPIES * parameters + (rows * sample + kept) * like.element_size()
 

@@ -26,6 +26,7 @@ from gist.execution.memory import free_memory, memory_in_use
 from gist.execution.stacked import check_optimizer
 from gist.execution.tensorfile import FileLayout
 from gist.partition.assignment import Assignment
+from gist.partition.grouped.grouping import never_grouped
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import held_entries
 from gist.plan import plan_rounds
@@ -198,7 +199,8 @@ class RunOnStage(ABC, Generic[Data]):
         Where not even one at a time fits, that is what is returned.
         """
         most = -(-max(m for _, m in self.config.phases) // self.workers)
-        if self.config.executor == "serial" or most == 1 or self.config.shared_batches is False:
+        alone = self.config.executor == "serial" or most == 1
+        if alone or self.config.shared_batches is False or never_grouped(self.model, self.spec):
             return self._rehearsed("serial")
         # Where both are tried, the programs of one stay while those of the other run.
         measured = self.config.executor == "auto" and not self.config.deterministic

@@ -96,6 +96,10 @@ class Family(ABC):
     ) -> Any:
         """Sizes of a dataset, some of them given; or, without one, all of them given."""
 
+    def name_of(self, dataset: str, data: Any) -> str:
+        """What results on these data are results of."""
+        return dataset
+
     def dtype(self, data: Any) -> torch.dtype:
         """The precision of models for the data."""
         kind: torch.dtype = data.x.dtype

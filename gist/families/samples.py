@@ -23,6 +23,7 @@ from gist.federated.trainer import FederatedTrainer
 from gist.methods import ISTTrainer, LoFTTrainer, ResISTTrainer, SampleTrainer
 from gist.partition.streams import seeded
 from gist.samples.data import SampleData
+from gist.samples.datasets import shape_of_dataset
 from gist.samples.outline import SampleShape
 from gist.trainer import SubnetTrainer
 
@@ -192,7 +193,12 @@ class Samples(Family):
                 got=", ".join(sizes),
                 remedy="leave them out: the sizes are those of the dataset",
             )
-        return SampleShape.of_card(self._card(dataset))
+        return shape_of_dataset(self._card(dataset), **options)
+
+    def name_of(self, dataset: str, data: Any) -> str:
+        """See :meth:`Family.name_of`: a part of MNIST has a name of its own."""
+        name: str = data.name
+        return name
 
 
 def build_model(

@@ -182,7 +182,7 @@ class CountMean(MergeRule):
     :func:`~gist.partition.transfer.merge`, bit for bit. Other orders of the parts give the same up
     to rounding; equal copies average to themselves bit for bit.
 
-    Diao et al., "HeteroFL", ICLR 2021, equation 2; Alam et al., "FedRolex", NeurIPS 2022.
+    Diao et al., "HeteroFL", ICLR 2021; Alam et al., "FedRolex", NeurIPS 2022.
     """
 
     def merge_tensor(self, tensor: Tensor, held: Held, state: dict[str, Tensor]) -> None:

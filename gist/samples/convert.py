@@ -14,17 +14,23 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from gist.csr import csr_tensor, is_csr
+from gist.csr import csr_tensor, is_csr, parts, row_numbers
 from gist.errors import ConfigError, DataError
+from gist.metrics import METRICS, Metric, Task, is_precision
 from gist.partition.streams import stream
 
 SPLITS = ("train", "val", "test")
 
 
-def as_sample_tensor(x: Any) -> Tensor:
+def as_sample_tensor(x: Any, like: Tensor | None = None) -> Tensor:
     """``[N, ...]``, dense or sparse CSR: tensors of floats and bytes keep their dtype.
 
     Arrays of floats and other numbers get torch's default dtype.
+
+    Args:
+        x: Tensor, array, list or scipy matrix.
+        like: Samples that these are to join: floats get their precision, and all is left as it is
+            where they are no floats.
 
     Raises:
         DataError: ``x`` is no array of numbers.
@@ -32,32 +38,119 @@ def as_sample_tensor(x: Any) -> Tensor:
     tensor = _as_tensor("x", x)
     if tensor.is_complex():
         raise DataError("samples must be real numbers", got=tensor.dtype)
-    kept = tensor.dtype == torch.uint8 and not is_csr(tensor)
-    kept = kept or (isinstance(x, Tensor) and tensor.is_floating_point())
+    if is_bytes(tensor) or (like is not None and not like.is_floating_point()):
+        return tensor
+    if like is not None:
+        return tensor.to(like.dtype)
+    kept = isinstance(x, Tensor) and tensor.is_floating_point()
     return tensor if kept else tensor.to(torch.get_default_dtype())
 
 
 def as_label_tensor(y: Any) -> Tensor:
     """``[N]`` int64 class numbers, or ``[N, L]`` float32 0/1, dense or sparse CSR.
 
+    One column is as none, and of truth values are two classes.
+
     Raises:
         DataError: ``y`` is no array of numbers, or class numbers are not whole.
     """
-    tensor = _as_tensor("y", y)
+    tensor = _as_tensor("y", y, "numpy.unique(y, return_inverse=True)[1] numbers names")
+    if tensor.is_complex() or not tensor.shape.numel():
+        raise DataError(
+            "labels must be real numbers, at least one",
+            got=f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+        )
     if is_csr(tensor):
         return tensor.float()
     if tensor.dim() == 2 and tensor.size(1) == 1:
         tensor = tensor[:, 0]
     if tensor.dim() != 1:
         return tensor.float()
-    whole = not tensor.is_complex() and bool((tensor == tensor.round()).all())
-    if not whole or not len(tensor):
-        raise DataError(
-            "class numbers must be whole numbers, at least one",
-            got=f"{tensor.dtype} of shape {tuple(tensor.shape)}",
-            remedy="numpy.unique(y, return_inverse=True)[1] numbers classes with names",
-        )
+    if tensor.is_floating_point():
+        _check_whole(tensor)
     return tensor.long()
+
+
+def _check_whole(y: Tensor) -> None:
+    missing, broken = ~torch.isfinite(y), y != y.round()
+    if bool(missing.any()):
+        raise DataError(
+            "labels are NaN or infinite",
+            got=which(missing),
+            expected="a class number for every sample",
+            remedy="drop these samples; outside all splits a label may be -1",
+        )
+    if bool(broken.any()):
+        raise DataError(
+            "labels must be class numbers: regression is not supported",
+            got=f"{y[broken][0].item():g} and others at {which(broken)}",
+            expected="whole numbers from 0",
+            remedy="numpy.digitize(y, edges) makes classes of ranges",
+        )
+
+
+def task_of(y: Tensor) -> Task:
+    """What labels are for: ``[N]`` class numbers, or ``[N, L]``."""
+    return "multiclass" if y.dim() == 1 else "multilabel"
+
+
+def check_metric(metric: Metric, y: Tensor) -> None:
+    """Refuses a metric that labels do not define: of sparse ones, all but precisions.
+
+    Raises:
+        ConfigError: see above; lists those that they do.
+    """
+    task = task_of(y)
+    known = [m for m in METRICS[task] if is_precision(m) or not is_csr(y)]
+    if metric in known:
+        return
+    columns = y.dim() == 2 and not is_csr(y)
+    raise ConfigError(
+        f"the metric does not fit {'sparse labels' if is_csr(y) else f'the task {task}'}",
+        got=f"{metric!r} of {y.dtype} labels of shape {('n', *y.shape[1:])}",
+        expected=" or ".join(known),
+        remedy="class numbers are y.argmax(1) of one-hot labels, y[:, 0].long() of one column"
+        if columns
+        else None,
+    )
+
+
+def is_bytes(x: Tensor) -> bool:
+    """Whether these are dense samples of bytes."""
+    return x.dtype == torch.uint8 and not is_csr(x)
+
+
+def check_finite(what: str, x: Tensor) -> None:
+    """Refuses samples ``[N, ...]``, dense or sparse CSR, with NaN or infinite values.
+
+    Raises:
+        DataError: see above; says of which samples.
+    """
+    values = parts(x)[2] if is_csr(x) else x
+    # NaN and infinity survive a sum: the cheap case.
+    if not x.is_floating_point() or bool(torch.isfinite(values.sum())):
+        return
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return
+    if is_csr(x):
+        bad = torch.zeros(x.size(0), dtype=torch.bool, device=x.device)
+        bad[row_numbers(x)[~finite]] = True
+    else:
+        bad = ~finite.reshape(len(x), -1).all(1)
+    raise DataError(
+        f"{what} hold NaN or infinite values",
+        got=which(bad),
+        expected="finite features",
+        remedy="fill the missing values or drop the samples",
+    )
+
+
+def which(bad: Tensor) -> str:
+    """How many entries of ``bad`` [N] are true, and which is the first."""
+    numbers = bad.nonzero()[:, 0]
+    noun = "sample" if len(numbers) == 1 else "samples"
+    return f"{len(numbers):,} {noun}, first sample {int(numbers[0])}"
 
 
 def as_splits(
@@ -70,7 +163,7 @@ def as_splits(
     """Sample numbers of every split: the given ones, or where there are none, drawn uniformly.
 
     Args:
-        given: Sample numbers, a boolean mask or None for train, val and test.
+        given: Sample numbers, a boolean mask, a slice or None for train, val and test.
         num_samples: ``N``.
         fractions: Shares of drawn splits; each gets at least one sample.
         seed: Of drawn splits.
@@ -110,6 +203,8 @@ def as_splits(
 
 
 def _numbers(split: str, value: Any, num_samples: int) -> Tensor:
+    if isinstance(value, slice):
+        value = np.arange(num_samples)[value]
     numbers = _as_tensor(f"the {split} split", value)
     if numbers.dtype == torch.bool and numbers.shape == (num_samples,):
         return numbers.nonzero()[:, 0]
@@ -118,12 +213,13 @@ def _numbers(split: str, value: Any, num_samples: int) -> Tensor:
         raise DataError(
             f"the {split} split must say for each sample whether it belongs to it",
             got=f"{numbers.dtype} of shape {tuple(numbers.shape)}",
-            expected=f"a boolean mask of shape ({num_samples},), or a list of sample numbers",
+            expected=f"a boolean mask of shape ({num_samples},), a slice, or a list of sample "
+            "numbers",
         )
     return numbers.long()
 
 
-def _as_tensor(what: str, value: Any) -> Tensor:
+def _as_tensor(what: str, value: Any, remedy: str | None = None) -> Tensor:
     """A tensor of ``value``, sharing memory where possible; scipy matrices become sparse CSR."""
     if sp.issparse(value):
         matrix = sp.csr_matrix(value)
@@ -140,11 +236,15 @@ def _as_tensor(what: str, value: Any) -> Tensor:
         return (
             value.detach().to_sparse_csr() if value.layout == torch.sparse_coo else value.detach()
         )
+    kind = ""
     try:
-        return torch.from_numpy(np.require(np.asarray(value), requirements=["C", "W"]))
+        array = np.asarray(value)
+        kind = f" of dtype {array.dtype}"
+        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{what} cannot be read as an array of numbers",
-            got=type(value).__name__,
+            got=type(value).__name__ + kind,
             expected="a torch tensor, a numpy array, a scipy matrix or equally long lists",
+            remedy=remedy,
         ) from error

@@ -17,15 +17,20 @@ from torch import Generator, Tensor
 
 from gist.csr import is_csr, parts, row_numbers, take_rows
 from gist.errors import ConfigError, DataError
-from gist.metrics import METRICS, Metric, Task, is_defined, is_precision, one_of
+from gist.metrics import Metric, Task, is_defined, one_of
 from gist.partition.streams import stream
 from gist.samples.convert import (
     SPLITS,
     as_label_tensor,
     as_sample_tensor,
     as_splits,
+    check_finite,
+    check_metric,
+    is_bytes,
+    task_of,
+    which,
 )
-from gist.samples.transforms import ImageTransform, Transform, identify
+from gist.samples.transforms import ImageTransform, Scale, Transform, identify
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -90,7 +95,7 @@ class SampleData:
     @property
     def task(self) -> Task:
         """``"multiclass"`` or ``"multilabel"``."""
-        return "multiclass" if self.y.dim() == 1 else "multilabel"
+        return task_of(self.y)
 
     @property
     def is_sparse(self) -> bool:
@@ -195,8 +200,8 @@ class SampleData:
                 ``(x, y)`` of tensors, numpy arrays, lists or scipy matrices. Arrays of numbers that
                 are no bytes get torch's default dtype; tensors keep theirs. Sparse ``x`` are bags
                 of features, sparse ``y`` many labels.
-            train: Sample numbers or a boolean mask ``[N]``. Without any split all three are drawn
-                uniformly.
+            train: Sample numbers, a boolean mask ``[N]``, or a slice of all samples. Without any
+                split all three are drawn uniformly.
             val: As ``train``.
             test: As ``train``.
             fractions: Shares of the samples that drawn splits get.
@@ -241,8 +246,8 @@ class SampleData:
         y = as_label_tensor(data[1])
         if num_classes is None:
             num_classes = y.size(1) if y.dim() == 2 else max(int(y.max()) + 1, 2)
-        if transform is None and x.dtype == torch.uint8:
-            transform = ImageTransform()
+        if transform is None and is_bytes(x):
+            transform = ImageTransform() if x.dim() == 4 else Scale(std=255.0)
         if metric is None:
             metric = "precision@1" if is_csr(y) else "micro_f1" if y.dim() == 2 else "accuracy"
         return cls(
@@ -273,7 +278,7 @@ class SampleData:
                 raise DataError(
                     f"{name} is not on the device of x", got=value.device, expected=x.device
                 )
-        if x.dim() < 2 or not x.shape.numel() or not (x.is_floating_point() or _is_bytes(x)):
+        if x.dim() < 2 or not x.shape.numel() or not (x.is_floating_point() or is_bytes(x)):
             raise DataError(
                 "x must hold one row of features, or one image, per sample",
                 got=f"{x.dtype} of shape {tuple(x.shape)}",
@@ -291,7 +296,7 @@ class SampleData:
             _check_csr("x", x)
         if x.is_floating_point() and x.dtype != torch.float64:
             object.__setattr__(self, "x", x.detach().float())
-        _check_finite(self.x)
+        check_finite("samples", self.x)
 
     def _check_splits(self) -> None:
         taken = torch.zeros(self.num_samples, dtype=torch.bool, device=self.x.device)
@@ -326,7 +331,7 @@ class SampleData:
             if bool((own & taken).any()):
                 raise DataError(
                     f"the {split} split shares samples with an earlier split: labels would leak",
-                    got=_which(own & taken),
+                    got=which(own & taken),
                     expected="train, val and test without a common sample",
                 )
             taken |= own
@@ -367,20 +372,13 @@ class SampleData:
             value = y[bad][wrong[bad]][0].item()
             raise DataError(
                 "labels out of range",
-                got=f"{value:g} and others at {_which(bad)}",
+                got=f"{value:g} and others at {which(bad)}",
                 expected=f"0 to {self.num_classes - 1}" if classes else "0 or 1",
                 remedy="renumber the classes from 0, or correct num_classes" if classes else None,
             )
 
     def _check_metric(self) -> None:
-        known = [m for m in METRICS[self.task] if is_precision(m) or not is_csr(self.y)]
-        if self.metric not in known:
-            kind = "sparse labels" if is_csr(self.y) else f"the task {self.task}"
-            raise ConfigError(
-                f"the metric does not fit {kind}",
-                got=repr(self.metric),
-                expected=" or ".join(known),
-            )
+        check_metric(self.metric, self.y)
         for split in ("val", "test"):
             if not is_defined(self.metric, self.labels(self.split(split))):
                 raise DataError(
@@ -392,7 +390,7 @@ class SampleData:
 
     def _check_transform(self) -> None:
         if self.transform is None:
-            if _is_bytes(self.x):
+            if is_bytes(self.x):
                 raise DataError(
                     "samples of bytes need a transform that makes numbers of them",
                     got="x of torch.uint8, transform=None",
@@ -418,31 +416,7 @@ class SampleData:
                     got=got,
                     expected=f"floats of shape ({len(some)}, ...)",
                 )
-
-
-def _is_bytes(x: Tensor) -> bool:
-    return x.dtype == torch.uint8 and not is_csr(x)
-
-
-def _check_finite(x: Tensor) -> None:
-    values = parts(x)[2] if is_csr(x) else x
-    # NaN and infinity survive a sum: the cheap case.
-    if not x.is_floating_point() or bool(torch.isfinite(values.sum())):
-        return
-    finite = torch.isfinite(values)
-    if bool(finite.all()):
-        return
-    if is_csr(x):
-        bad = torch.zeros(x.size(0), dtype=torch.bool, device=x.device)
-        bad[row_numbers(x)[~finite]] = True
-    else:
-        bad = ~finite.flatten(1).all(1)
-    raise DataError(
-        "samples hold NaN or infinite values",
-        got=_which(bad),
-        expected="finite features",
-        remedy="fill the missing values or drop the samples",
-    )
+            check_finite("samples as the transform makes them", out)
 
 
 def _check_csr(name: str, matrix: Tensor) -> None:
@@ -476,10 +450,3 @@ def _check_label_entries(y: Tensor) -> None:
             got=f"{repeated:,} entries too many",
             remedy="matrix.sum_duplicates() of scipy, and ones again",
         )
-
-
-def _which(bad: Tensor) -> str:
-    """How many entries of ``bad`` [N] are true, and which is the first."""
-    numbers = bad.nonzero()[:, 0]
-    noun = "sample" if len(numbers) == 1 else "samples"
-    return f"{len(numbers):,} {noun}, first sample {int(numbers[0])}"

@@ -7,6 +7,7 @@ make of them is kept (:mod:`gist.samples.kept`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from gist.samples.image_files import (
     read_idx,
 )
 from gist.samples.kept import kept_arrays
+from gist.samples.outline import SampleShape
 from gist.samples.speech import fingerprint, write_features
 from gist.samples.transforms import ImageTransform, Scale
 
@@ -79,6 +81,31 @@ def load_dataset(name: str, /, *, root: str | Path | None = None, **options: Any
         raise DataError(
             error.what, got=error.got, expected=error.expected, remedy=remedy
         ) from error
+
+
+def shape_of_dataset(card: SampleCard, **options: Any) -> SampleShape:
+    """The sizes that :func:`load_dataset` would give: those of the card, unless options or the
+    files that are there make them others. Nothing has to be there.
+
+    Args:
+        card: Of the dataset.
+        **options: As for :func:`load_dataset`.
+
+    Raises:
+        ConfigError: an unknown option.
+    """
+    shape, every = SampleShape.of_card(card), every_option(card.name, _LOADERS[card.name], options)
+    if (size := every.get("train_size")) is not None:
+        left_out = card.split_sizes[0] - size
+        return replace(shape, train_samples=size, num_samples=shape.num_samples - left_out)
+    if "part" in every:
+        found = find_form(card, options.get("root"), _forms(every["part"]))
+        if every["part"] == "t10k" or (found is not None and found[0] == "t10k"):
+            _, _, test = card.split_sizes
+            train = test - test // 10 - test // 5
+            name = f"{card.name}-t10k"
+            return replace(shape, num_samples=test, train_samples=train, name=name)
+    return shape
 
 
 def prepare_dataset(name: str, root: str | Path | None = None, **options: Any) -> Path | None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from gist.csr import is_csr, parts, take_rows
-from gist.errors import ConfigError, DataError
-from gist.metrics import METRICS, Metric, Task, is_precision, one_of
+from gist.errors import DataError
+from gist.metrics import Metric, Task, one_of
 from gist.partition.streams import stream
-from gist.samples.convert import SPLITS
+from gist.samples.convert import SPLITS, check_metric, task_of
 from gist.samples.loaders import (
     Loader,
-    check_labels,
+    check_batch,
     deals_anew,
     fetched,
     first_batch,
@@ -33,9 +33,10 @@ from gist.samples.loaders import (
 class LoaderData:
     """A torch ``DataLoader`` for each split, which gives pairs ``(x, y)``.
 
-    ``x`` is what the model takes; ``y`` is ``[n]`` class numbers or ``[n, L]`` 0/1 labels. See
-    :mod:`gist.samples.loader_source` for how training batches are made. A first batch of each is
-    drawn and checked; of others the labels are, as they come.
+    ``x`` is what the model takes; ``y`` is ``[n]`` class numbers, as which one column of whole
+    numbers counts too, or ``[n, L]`` 0/1 labels. See :mod:`gist.samples.loader_source` for how
+    training batches are made. A first batch of each is drawn and checked, and every other as it
+    comes.
 
     Attributes:
         train: Training samples, augmented by their dataset if they should be.
@@ -49,7 +50,8 @@ class LoaderData:
 
     Raises:
         ConfigError: something that is no loader, or a metric that does not fit the labels.
-        DataError: an empty loader, items that are no pairs, or labels out of range.
+        DataError: an empty loader, items that are no pairs, samples that are not finite, or labels
+            out of range.
     """
 
     train: Loader
@@ -79,7 +81,7 @@ class LoaderData:
             object.__setattr__(self, "fingerprint", digest.hexdigest())
         x, y = firsts["train"]
         object.__setattr__(self, "_example", take_rows(x, torch.tensor([0])))
-        object.__setattr__(self, "_task", _task_of(y))
+        object.__setattr__(self, "_task", task_of(y))
 
     @property
     def task(self) -> Task:
@@ -108,7 +110,7 @@ class LoaderData:
                 uniformly; the first of any other.
 
         Raises:
-            DataError: labels of a batch out of range.
+            DataError: samples of a batch that are not finite, or labels out of range.
         """
         loader, key = self.loader(split), ("scored", split)
         if deals_anew(loader):
@@ -121,7 +123,7 @@ class LoaderData:
             pairs = passed(loader, *key)
         count = 0
         for place, (x, y) in enumerate(pairs):
-            check_labels(y, self.num_classes, f"batch {place} of the {split} loader")
+            check_batch(x, y, self.num_classes, f"batch {place} of the {split} loader")
             if most is not None and count + len(y) > most:
                 first = torch.arange(most - count, device=y.device)
                 x, y = take_rows(x, first), take_rows(y, first)
@@ -139,16 +141,5 @@ class LoaderData:
                 got=f"x {known[1]} {tuple(known[0])}, y {known[3]} {tuple(known[2])} per sample",
                 expected=f"x {first[1]} {tuple(first[0])}, y {first[3]} {tuple(first[2])}",
             )
-        task = _task_of(y)
-        metrics = [m for m in METRICS[task] if is_precision(m) or not is_csr(y)]
-        if self.metric not in metrics:
-            raise ConfigError(
-                f"the metric does not fit the task {task}",
-                got=repr(self.metric),
-                expected=" or ".join(metrics),
-            )
-        check_labels(y, self.num_classes, f"the first batch of the {split} loader")
-
-
-def _task_of(y: Tensor) -> Task:
-    return "multiclass" if y.dim() == 1 else "multilabel"
+        check_metric(self.metric, y)
+        check_batch(x, y, self.num_classes, f"the first batch of the {split} loader")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from gist.errors import ConfigError
 from gist.samples.batches import SampleBatch, SampleSource
-from gist.samples.loaders import Loader, check_labels, deals_anew, fetched, first_batch, kind_of
+from gist.samples.loaders import Loader, check_batch, deals_anew, fetched, first_batch, kind_of
 from gist.samples.passes import Passes
 from gist.samples.series import SeriesSource
 
@@ -35,7 +35,7 @@ def loader_source(
         device: Where batches are wanted.
         local_steps: ζ of the run.
         num_subnets: ``m``, the most of the run.
-        num_classes: See :func:`~gist.samples.loaders.check_labels`.
+        num_classes: See :func:`~gist.samples.loaders.check_batch`.
         shards: Each subnet sees samples of its own.
         steps_per_epoch: Batches of one pass over a loader that cannot tell.
 
@@ -87,7 +87,7 @@ class DealtSource(SampleSource):
         loader: For which :func:`deals_anew` holds.
         device: Where batches are wanted.
         local_steps: ζ of the run.
-        num_classes: See :func:`~gist.samples.loaders.check_labels`.
+        num_classes: See :func:`~gist.samples.loaders.check_batch`.
         shards: See :class:`~gist.samples.passes.Passes`.
 
     Raises:
@@ -121,7 +121,7 @@ class DealtSource(SampleSource):
         pairs = fetched(self.loader, indices, "loader", seed, round, subnet)
         for step, (x, y) in enumerate(pairs):
             batch = f"batch {step} of subnet {subnet} in round {round}"
-            check_labels(y, self.num_classes, batch)
+            check_batch(x, y, self.num_classes, batch)
             yield SampleBatch(x=x.to(self.device), y=y.to(self.device))
 
     def describe(self) -> dict[str, Any]:

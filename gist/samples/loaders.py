@@ -25,6 +25,7 @@ from gist.csr import is_csr, parts
 from gist.errors import ConfigError, DataError
 from gist.partition.streams import stream_seed
 from gist.random_states import RandomStates
+from gist.samples.convert import check_finite
 
 Loader = Iterable[Any]
 """A torch ``DataLoader``, or anything that gives pairs ``(x, y)`` whenever it is iterated over."""
@@ -191,14 +192,17 @@ def first_batch(loader: Loader) -> tuple[Tensor, Tensor]:
 def as_pair(item: Any) -> tuple[Tensor, Tensor]:
     """Input and labels: ``[B, ...]``, and ``[B]`` int64 or ``[B, L]`` float; ``B`` > 0.
 
+    One column of whole numbers is ``[B]``.
+
     Raises:
         DataError: the item is no such pair.
     """
     if isinstance(item, tuple | list) and len(item) == 2:
         x, y = item
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() and len(x) == len(y) > 0:
-            if y.dim() == 1 and not (y.is_floating_point() or y.is_complex()):
-                return x, y.long()
+            numbers = not (y.is_floating_point() or y.is_complex() or is_csr(y))
+            if numbers and y.shape[1:] in ((), (1,)):
+                return x, y.reshape(-1).long()
             if y.dim() == 2 and not y.is_complex():
                 return x, y if is_csr(y) else y.float()
     raise DataError(
@@ -207,6 +211,22 @@ def as_pair(item: Any) -> tuple[Tensor, Tensor]:
         expected="(x [B, ...], y [B] of whole numbers or [B, L] of 0 and 1)",
         remedy="a collate_fn that makes such pairs",
     )
+
+
+def check_batch(x: Tensor, y: Tensor, num_classes: int, batch: str) -> None:
+    """Refuses inputs that are not finite, and labels as :func:`check_labels` does.
+
+    Args:
+        x: As :func:`as_pair` gives them.
+        y: Likewise.
+        num_classes: ``C``.
+        batch: Names the batch.
+
+    Raises:
+        DataError: see above.
+    """
+    check_finite(f"samples of {batch}", x)
+    check_labels(y, num_classes, batch)
 
 
 def check_labels(y: Tensor, num_classes: int, batch: str) -> None:

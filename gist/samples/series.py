@@ -17,7 +17,7 @@ from gist.samples.loaders import (
     Loader,
     LoaderPass,
     as_pair,
-    check_labels,
+    check_batch,
     first_batch,
     kind_of,
     length_of,
@@ -41,7 +41,7 @@ class SeriesSource(SampleSource):
         device: Where batches are wanted.
         local_steps: ζ of the run.
         num_subnets: ``m``, the most of the run.
-        num_classes: See :func:`~gist.samples.loaders.check_labels`.
+        num_classes: See :func:`~gist.samples.loaders.check_batch`.
         steps_per_epoch: Batches of one pass; those that the loader has beyond are not seen. None
             for its ``len``.
 
@@ -112,7 +112,7 @@ class SeriesSource(SampleSource):
         again = self._is_wanted(*at)
         x, y = as_pair(self._kept[at] if again else self._kept.pop(at))
         number, place = divmod(position, self._length)
-        check_labels(y, self.num_classes, f"batch {place} of pass {number} of the train loader")
+        check_batch(x, y, self.num_classes, f"batch {place} of pass {number} of the train loader")
         # What is kept must outlive models that change their input in place.
         return SampleBatch(x=x.to(self.device, copy=again), y=y.to(self.device, copy=again))
 

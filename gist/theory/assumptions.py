@@ -70,12 +70,27 @@ class GraphReport:
 
     @property
     def is_vacuous(self) -> bool:
-        """Whether the bound says nothing: λ0 is numerically zero, or ρ rounds to 1."""
-        return 1 - self.gap == 1
+        """Whether the bound says nothing."""
+        return self.why_vacuous is not None
+
+    @property
+    def why_vacuous(self) -> str | None:
+        """Why the bound says nothing; None where it says something.
+
+        The radius is known up to a constant, which is taken as 1, and compared with n, the loss of
+        targets of size 1 before any training.
+        """
+        if not self.smallest:
+            return "λ0 of G∞ is numerically zero"
+        if 1 - self.gap == 1:
+            return "ρ rounds to 1"
+        if self.radius >= self.num_kept:
+            return "the radius exceeds the loss of targets of size 1"
+        return None
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What is amiss, a sentence each."""
+        """What the theory assumes and the graph does not have."""
         out = []
         if self.num_components > 1:
             out.append(f"{self.num_components:,} components, of which only the largest is seen")
@@ -83,8 +98,6 @@ class GraphReport:
             out.append("the component is bipartite: Ā is singular")
         if self.parallel_rows:
             out.append(f"{self.parallel_rows:,} rows of X̂ are zero or parallel to others")
-        if not self.smallest:
-            out.append("λ0 of G∞ is numerically zero")
         return tuple(out)
 
     def __str__(self) -> str:
@@ -98,12 +111,13 @@ class GraphReport:
             f"  ‖Ā²‖₁,₁          {self.norm:.4g}",
             f"  η                {self.lr:.3g}",
         ]
-        if self.is_vacuous:
-            lines.append("  bound            vacuous: it promises no progress")
-        else:
+        if self.gap:
             rounds = math.log(2) / self.gap
-            lines.append(f"  bound            1 - ρ = {self.gap:.3g}, half in {rounds:.3g} rounds")
+            lines.append(f"  1 - ρ            {self.gap:.3g}, half in {rounds:.3g} rounds")
             lines.append(f"  radius           {self.radius:.3g}, times a constant")
+        lines.append(
+            f"  bound            {f'vacuous: {self.vacuous}' if self.vacuous else 'holds'}"
+        )
         return "\n".join([*lines, *(f"  ! {finding}" for finding in self.findings)])
 
 

@@ -70,7 +70,7 @@ def _graph(name: str, **settings: Any) -> Outcome:
     if not isinstance(data, GraphData):
         raise ConfigError("this dataset is no graph", got=repr(name))
     report = graph_report(data, **settings)
-    values = {**asdict(report), "is_vacuous": report.is_vacuous, "findings": [*report.findings]}
+    values = {**asdict(report), "vacuous": report.vacuous, "findings": [*report.findings]}
     return values, str(report), None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -120,6 +120,7 @@ def requests(draw: st.DrawFn) -> Request:
 
 
 @each_selection
+@settings(max_examples=10)
 @given(asked=requests(), widths=st.lists(st.integers(1, 33), min_size=1, max_size=2))
 def test_units_are_ascending_in_range_and_as_many_as_counted(selection, asked, widths):
     server, state = Server.of(*widths), {}
@@ -149,6 +150,7 @@ def test_units_are_ascending_in_range_and_as_many_as_counted(selection, asked, w
 
 
 @each_selection
+@settings(max_examples=10)
 @given(asked=requests())
 def test_the_global_random_state_plays_no_role(selection, asked):
     server, found = Server.of(20), []
@@ -162,6 +164,7 @@ def test_the_global_random_state_plays_no_role(selection, asked):
 
 
 @each_selection
+@settings(max_examples=10)
 @given(asked=requests())
 def test_a_client_of_full_capacity_is_sent_everything(selection, asked):
     server = Server.of(7, 12)
@@ -171,6 +174,7 @@ def test_a_client_of_full_capacity_is_sent_everything(selection, asked):
 
 
 @each_selection
+@settings(max_examples=10)
 @given(asked=requests(), size=st.integers(1, 10**6))
 def test_counts_and_uploads_are_functions_of_the_request(selection, asked, size):
     count = selection.count(size, asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -135,8 +136,8 @@ def test_bipartite_components_make_it_singular(graph, bipartite):
     assert report.is_bipartite == bipartite
     smallest = float(torch.linalg.eigvalsh(propagation_matrix(adjacency(graph)))[0])
     assert (smallest < 1e-12) == bipartite
-    assert report.is_vacuous == bipartite
-    assert ("vacuous" in str(report)) == bipartite
+    assert (report.smallest == 0.0) == bipartite
+    assert ("numerically zero" in str(report)) == bipartite
 
 
 def data_of(graph: nx.Graph, x: torch.Tensor | None = None) -> GraphData:
@@ -170,7 +171,7 @@ def test_parallel_rows_are_counted():
     same = torch.ones(9, 3, dtype=torch.float64)
     report = graph_report(data_of(graph, same))
     assert report.parallel_rows == 9
-    assert report.is_vacuous
+    assert report.why_vacuous == "λ0 of G∞ is numerically zero"
     assert "parallel" in str(report)
     assert graph_report(data_of(graph)).parallel_rows == 0
 
@@ -226,8 +227,20 @@ def test_the_report_of_a_random_graph():
     report = graph_report(DATA, num_subnets=4)
     assert report.num_kept <= 200
     assert 0 < report.smallest < report.largest
-    assert report.radius > 0
     assert "m = 4" in str(report)
+
+
+def test_a_bound_is_vacuous_for_three_reasons():
+    report = graph_report(DATA, scale=1e-6)
+    assert report.why_vacuous is None
+    assert not report.is_vacuous
+    assert "vacuous" not in str(report)
+    wide = graph_report(DATA)
+    assert wide.is_vacuous
+    assert wide.radius == pytest.approx(report.radius * 1e12 / wide.num_kept)
+    assert wide.why_vacuous == "the radius exceeds the loss of targets of size 1"
+    assert graph_report(DATA, scale=1e-6, lr=1e-30).why_vacuous == "ρ rounds to 1"
+    assert dataclasses.replace(report, smallest=0.0).why_vacuous == "λ0 of G∞ is numerically zero"
 
 
 def test_zeros_of_a_sparse_graph_change_nothing():
@@ -244,4 +257,4 @@ def test_zeros_of_a_sparse_graph_change_nothing():
 def test_on_citation_graphs_the_bound_is_vacuous(name, real_data_root):
     report = graph_report(load_dataset(name, root=real_data_root))
     assert report.smallest == 0.0
-    assert report.is_vacuous
+    assert report.why_vacuous == "λ0 of G∞ is numerically zero"

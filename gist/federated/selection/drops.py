@@ -24,7 +24,7 @@ from gist.partition.scores import ranked, unit_changes
 class HeteroDrop(Selection):
     """Hetero AsyncDrop: fast clients leave out the units that moved most, slow ones train them.
 
-    Dun et al., AISTATS 2023, section 3, and the authors' code. Units of a group of ``n`` are sorted
+    Dun et al., AISTATS 2023, algorithm 3, and the authors' code. Units of a group of ``n`` are sorted
     by ``||W_now - W_init||_1`` (:func:`~gist.partition.scores.unit_changes`), the largest first.
     ``k = floor((1 - p) n)`` of them are left out: those from place ``rank n // num_ranks`` on, or
     the last ``k``, where that is too far back.

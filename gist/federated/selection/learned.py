@@ -31,7 +31,7 @@ from gist.partition.streams import stream
 class AdaptiveDropout(Selection):
     """Adaptive federated dropout: what made the loss fall is kept, else it is drawn by score.
 
-    Bouacida et al., 2021 (arXiv 2011.04050). Where the loss of a client's last task was below that
+    Bouacida et al., 2020 (arXiv 2011.04050). Where the loss of a client's last task was below that
     of the one before, it is sent the same units again, and their scores have grown by the loss's
     relative fall, ``(l_before - l) / |l_before|``. Else ``ceil(p n)`` units are drawn without
     replacement, in proportion to their scores, which start at 1. Merged by

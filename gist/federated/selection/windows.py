@@ -27,7 +27,7 @@ Turn = Literal["merges", "turns"]
 class Prefix(Selection):
     """HeteroFL: the first ``ceil(p K)`` of the ``K`` units of a group, always.
 
-    Diao et al., ICLR 2021, section 3.1; merged by :class:`~gist.partition.merging.CountMean`.
+    Diao et al., ICLR 2021; merged by :class:`~gist.partition.merging.CountMean`.
     """
 
     def choose(self, widths: Widths, request: Request, view: ServerView, state: State) -> Units:

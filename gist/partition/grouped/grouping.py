@@ -10,16 +10,41 @@ the name that it has in one subnet, and a leading dim ``m``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from gist.errors import PartitionError
-from gist.partition.rules.registry import has_rule, rule_of
+from gist.partition.rules.registry import Rule, has_rule, rule_of
+from gist.partition.spec import PartitionSpec
 
 
 class NotGroupableError(PartitionError):
     """A layer has no grouped form; the executor falls back to one subnet after the other."""
+
+
+def never_grouped(model: nn.Module, spec: PartitionSpec) -> bool:
+    """Whether subnets of a model surely run one after the other.
+
+    That is so where subnets lack whole modules, and where a layer's rule gives no grouped form.
+
+    Args:
+        model: The whole model.
+        spec: Its partition spec.
+    """
+    return bool(spec.blocks) or any(
+        type(rule_of(layer)).grouped is Rule.grouped for layer in _layers(model)
+    )
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that have a rule."""
+    if has_rule(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _layers(child)
 
 
 class Grouping:
