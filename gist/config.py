@@ -221,7 +221,8 @@ class TrainConfig:
                 object.__setattr__(self, name, operator.index(value))
         if self.out is not None:
             object.__setattr__(self, "out", os.fspath(self.out))
-        given = (self.callbacks,) if callable(self.callbacks) else tuple(self.callbacks)
+        several = isinstance(self.callbacks, Iterable) and not callable(self.callbacks)
+        given = tuple(self.callbacks) if several else (self.callbacks,)
         object.__setattr__(self, "callbacks", given)
 
     def _check_subnets(self) -> None:
@@ -423,20 +424,45 @@ class FederatedConfig:
         return {k: v if isinstance(v, plain) else repr(v) for k, v in vars(self).items()}
 
 
+_ELSEWHERE = {
+    "batch": "batch_size",
+    "gradient_clip_val": "clip_norm",
+    "learning_rate": "lr",
+    "lr_scheduler": "schedule",
+    "m": "num_subnets",
+    "max_epochs": "epochs",
+    "max_grad_norm": "clip_norm",
+    "max_norm": "clip_norm",
+    "n_epochs": "epochs",
+    "num_epochs": "epochs",
+    "num_parts": "clusters",
+    "output_dir": "out",
+    "patience": "early_stopping",
+    "random_state": "seed",
+    "scheduler": "schedule",
+    "subnets": "num_subnets",
+    "verbose": "progress",
+    "wd": "weight_decay",
+    "zeta": "local_steps",
+}
+"""What settings are called elsewhere."""
+
+
 def split_settings(settings: dict[str, Any], *kinds: Any) -> list[dict[str, Any]]:
     """Keyword arguments, dealt to the config classes that know them.
 
     Raises:
-        ConfigError: a name that none knows, with the closest known one.
+        ConfigError: a name that none knows, with the one that is meant, or else all of them.
     """
     known = [{entry.name for entry in fields(kind)} for kind in kinds]
     names = sorted(set().union(*known))
     for name in settings.keys() - set(names):
-        close = difflib.get_close_matches(name, names, n=1)
+        close = [_ELSEWHERE.get(name, ""), *difflib.get_close_matches(name, names, n=1)]
+        meant = next((each for each in close if each in names), None)
         raise ConfigError(
             f"unknown setting {name!r}",
-            expected=f"one of {', '.join(names)}",
-            remedy=f"did you mean {close[0]!r}?" if close else None,
+            expected=None if meant else f"one of {', '.join(names)}",
+            remedy=f"did you mean {meant!r}?" if meant else None,
         )
     return [{k: v for k, v in settings.items() if k in theirs} for theirs in known]
 

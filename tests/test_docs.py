@@ -12,11 +12,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import typer.main
+from torch import nn
 from typer.testing import CliRunner
 
 import gist
 from gist.cli import app
 from gist.history import RoundRecord
+from gist.partition.rules.registry import _RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -190,6 +192,17 @@ def test_every_public_module_is_in_the_reference():
     covered = {name for name in modules if any(f"{name}.".startswith(f"{w}.") for w in whole)}
     # The command line is documented by its options.
     assert modules - listed - covered == {"gist.cli"}
+
+
+def test_every_layer_with_a_rule_is_on_the_page():
+    """Rules of optional packages are there once one of their layers was met."""
+    text = (DOCS / "custom_layers.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("\n## Layers that are known\n")
+    named = set(re.findall(r"`(\w+)`", table.partition("\n## ")[0]))
+    known = {kind for kind in _RULES if kind.__module__.partition(".")[0] in ("torch", "gist")}
+    known |= {kind for kind in _RULES if kind.__module__.startswith("torch_geometric.")}
+    assert nn.Linear in known
+    assert {kind.__name__ for kind in known} - named == set()
 
 
 def test_the_tests_that_the_design_names_exist():

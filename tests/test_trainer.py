@@ -410,6 +410,7 @@ BAD_SETTINGS = {
     "width_correction": {"width_correction": "x"},
     "progress": {"progress": 3},
     "callbacks": {"callbacks": [3]},
+    "a callback": {"callbacks": 3},
 }
 
 

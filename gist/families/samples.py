@@ -57,10 +57,12 @@ _MODELS = {
 
 _FITTING = {
     "ist": ("mlp",),
-    "resist": tuple(name for name in _NETWORKS if name.startswith("preact-resnet")),
+    "resist": tuple(
+        name for name in _NETWORKS if name.startswith("preact") and name != "preact-resnet18"
+    ),
     "loft": tuple(_NETWORKS),
 }
-"""Models that a method is made for."""
+"""Models that a method is made for: ResIST wants a stage with two blocks that can be dealt."""
 
 
 class Samples(Family):
@@ -92,7 +94,7 @@ class Samples(Family):
             return next(iter(known), "ist")
         if model == "mlp":
             return "ist"
-        return "loft" if model.startswith("vgg") else "resist"
+        return "resist" if model in _FITTING["resist"] else "loft"
 
     @staticmethod
     def _card(dataset: str) -> SampleCard:

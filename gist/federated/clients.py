@@ -65,16 +65,14 @@ class Clients:
         found = client_metrics(self.objective, model, self.parts)
         return {"mean": found.mean, "worst": found.worst, "measured_on": found.measured_on}
 
-    def predict(self, model: nn.Module, x: Tensor | None) -> Tensor:
-        """Scores of samples, or of every node of the graph.
+    def predict(self, model: nn.Module, x: Tensor | str | Any = None) -> Tensor:
+        """Scores of samples, of the test split by default; or of every node of the graph.
 
         Raises:
-            ConfigError: no samples, or samples for a graph.
+            ConfigError: samples of another form, or samples for a graph.
         """
         if isinstance(self.objective, SampleObjective):
-            if x is None:
-                raise ConfigError("samples are needed to be scored", expected="predict(x)")
-            return self.objective.predict(model, x)
+            return self.objective.predict(model, "test" if x is None else x)
         if x is not None:
             raise ConfigError("the nodes of the graph are scored, all of them", remedy="predict()")
         return self.objective.predict(model)

@@ -350,11 +350,15 @@ class FederatedTrainer(SubnetTrainer):
         return {**super().describe(), **self.clients.describe(), "federated": federated}
 
     @torch.no_grad()
-    def predict(self, x: Tensor | None = None) -> Tensor:
-        """Scores by the model as it is now: of samples ``[N, ...]``, or of every node of the graph.
+    def predict(self, x: Tensor | str | Any = None) -> Tensor:
+        """Scores by the model as it is now: of every node of a graph, or of samples.
+
+        Args:
+            x: Samples, or a split, as for :meth:`gist.SampleTrainer.predict`; None for the test
+                split, and of a graph.
 
         Raises:
-            ConfigError: samples that are not stored as the data's are, or none.
+            ConfigError: samples of another form, or samples for a graph.
         """
         with self._as_found():
             return self.clients.predict(self.model.eval(), x)

@@ -14,9 +14,10 @@ from gist.config import TrainConfig
 from gist.errors import ConfigError, PartitionError
 from gist.methods.samples import SampleTrainer
 from gist.partition.depth import fold_depth
-from gist.partition.residual_wiring import wire_blocks
+from gist.partition.residual_wiring import units_by_stage, wire_blocks
 from gist.partition.samplers import DisjointUniform, Overlapping, Whole
 from gist.partition.wiring import Wiring
+from gist.plan import RoundPlan
 
 
 class ResISTTrainer(SampleTrainer):
@@ -38,9 +39,9 @@ class ResISTTrainer(SampleTrainer):
             the one with the most of them, as in the paper. The first block of a stage, and blocks
             that change shapes, are never dealt.
         min_blocks: Blocks of each stage that a subnet holds at least, its minimum depth; 1 by
-            default.
+            default, and less than the blocks of the stage that are dealt.
         warmup_rounds: In so many rounds at the start every subnet holds the whole model: a warm-up
-            by local SGD; none by default.
+            by local SGD; none by default, and never all.
         **settings: As for :class:`SampleTrainer`.
 
     Raises:
@@ -92,16 +93,35 @@ class ResISTTrainer(SampleTrainer):
             )
         return config
 
+    def _plan(self) -> list[RoundPlan]:
+        """See :meth:`SubnetTrainer._plan`; refuses a run that deals no block in any round."""
+        rounds, sampler = super()._plan(), self.config.sampler
+        warm = sampler.warmup_rounds if isinstance(sampler, Overlapping) else 0
+        last = max((plan.index for plan in rounds if plan.num_subnets > 1), default=warm)
+        if last < warm and not self.config.fast_dev_run:
+            raise ConfigError(
+                "all rounds would be warm-up rounds, in which every subnet holds the whole model",
+                got=f"warmup_rounds={warm}, {len(rounds)} rounds",
+                expected=f"warmup_rounds of at most {last}",
+                remedy="lower warmup_rounds or local_steps, or raise epochs",
+            )
+        return rounds
+
     def _check_subnets(self) -> None:
         super()._check_subnets()
-        most = max(m for _, m in self.config.phases)
+        most, sampler = max(m for _, m in self.config.phases), self.config.sampler
+        least = sampler.min_units if isinstance(sampler, Overlapping) else 1
         for group, size in self.spec.sizes.items():
-            if most > 1 and size < 2 and not isinstance(self.config.sampler, Whole):
+            if most > 1 and size <= least and not isinstance(sampler, Whole):
+                stages = units_by_stage(self.model).items()
+                deeper = [stage for stage, blocks in stages if len(blocks) > least]
                 raise PartitionError(
-                    f"stage {group!r} has a single block to deal, which every subnet would hold",
-                    got=f"num_subnets={most}",
-                    expected="two blocks or more that keep their shape, behind the first one",
-                    remedy="use a deeper model, other stages, or LoFT",
+                    f"every subnet would hold all blocks of stage {group!r}, so that none is dealt",
+                    got=f"{size} that could be, min_blocks={least}, num_subnets={most}",
+                    expected=f"{least + 1} or more that keep their shape, behind the first one",
+                    remedy="lower min_blocks, or " * (size > 1)
+                    + f"choose stages={deeper}, or " * bool(deeper)
+                    + "use a deeper model, or LoFT",
                 )
             if most > size:
                 self._say(f"{most} subnets share {size} blocks of {group}: several hold each")

@@ -167,13 +167,19 @@ class SampleTrainer(SubnetTrainer):
         return {**super().describe(), **self.objective.describe()}
 
     @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores ``[N, C]`` of stored samples ``[N, ...]`` by the model as it is evaluated now.
+    def predict(self, x: Tensor | str | Any = "test") -> Tensor:
+        """Scores ``[N, C]`` by the model as it is evaluated now.
 
         Under torchrun all workers call it, and rank 0 alone gets any: ``[0, C]`` on the others.
 
+        Args:
+            x: A split, ``"train"``, ``"val"`` or ``"test"``, whose samples are taken in its order;
+                or samples ``[N, ...]`` in the form in which the data hold theirs, not transformed:
+                a tensor, or what :meth:`SampleData.of` takes. Floats get the data's precision.
+
         Raises:
-            ConfigError: they are not stored as the data's are.
+            ConfigError: samples of another form, or an unknown split.
+            DataError: no array of numbers.
         """
         assert isinstance(self.objective, SampleObjective)
         with self._as_found():

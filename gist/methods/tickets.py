@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,11 @@ def find_ticket(model: nn.Module, spec: PartitionSpec, *, pruned: float, p: floa
 
     Raises:
         ConfigError: ``pruned`` is out of range, or ``p`` below 1.
-        PartitionError: the units have no norm.
+        PartitionError: the spec is of another model, or its units have no norm.
     """
-    if not 0 <= pruned < 1:
-        raise ConfigError("pruned must be a share in [0, 1)", got=pruned)
+    if not isinstance(pruned, Real) or not 0 <= pruned < 1:
+        raise ConfigError("pruned must be a share in [0, 1)", got=repr(pruned))
+    spec.check(model)
     held = {}
     for group, norms in unit_norms(model, spec, p).items():
         kept = max(1, round(len(norms) * (1 - pruned)))

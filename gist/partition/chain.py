@@ -38,6 +38,12 @@ def _parts(module: nn.Module) -> Sequence[str] | None:
     return None
 
 
+def how_to_wire(model: nn.Module) -> str:
+    """What to do where the wiring of a model is not known."""
+    layers = [name for name, _ in model.named_children()]
+    return f"pass wiring=[...] with the layers in order of the data flow, of {layers}"
+
+
 def wire_chain(
     builder: SpecBuilder,
     steps: Sequence[tuple[str, str | None]],

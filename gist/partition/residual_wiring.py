@@ -11,11 +11,13 @@ from torch import nn
 
 from gist.errors import PartitionError
 from gist.partition.builder import SpecBuilder
-from gist.partition.chain import chain_of, wire_chain
+from gist.partition.chain import chain_of, how_to_wire, wire_chain
 from gist.partition.rules.registry import has_rule, rule_of
 from gist.partition.rules.residual import ResidualRule
 
-_REGISTER = "register a subclass of gist.ResidualRule for the type of its blocks"
+_REGISTER = (
+    "of residual blocks of your own, register a subclass of gist.ResidualRule for their type"
+)
 
 
 def wire_blocks(
@@ -37,7 +39,7 @@ def wire_blocks(
     Raises:
         PartitionError: there is no such stage, or none with units.
     """
-    units = _units_by_stage(model)
+    units = units_by_stage(model)
     if stages is None:
         most = max(map(len, units.values()), default=0)
         stages = [stage for stage, blocks in units.items() if len(blocks) == most][-1:]
@@ -46,12 +48,13 @@ def wire_blocks(
     chosen = [_stage(name, units, model) for name in stages]
     empty = [stage for stage in chosen if not units[stage]]
     if empty or not chosen:
+        others = "choose other stages, or " * any(units.values())
         raise PartitionError(
             f"{type(model).__name__} has no residual blocks that a subnet could do without"
             + f" in {', '.join(empty)}" * bool(empty),
-            got={stage: f"{len(blocks)} such blocks" for stage, blocks in units.items()},
+            got={stage: f"{len(blocks)} such blocks" for stage, blocks in units.items()} or None,
             expected="blocks that keep the shape of their input, behind the first of their stage",
-            remedy="choose other stages, or a deeper model" if units else _REGISTER,
+            remedy=f"{others}take a deeper model" if units else _other_method(model),
         )
     for stage in dict.fromkeys(chosen):
         group = stage or "blocks"  # of the model itself
@@ -83,10 +86,13 @@ def wire_filters(model: nn.Module, builder: SpecBuilder) -> None:
         return
     chain = chain_of(model)
     if not chain or not any(isinstance(model.get_submodule(p), nn.Conv2d) for p in chain):
+        name, convolves = type(model).__name__, _convolves(model)
         raise PartitionError(
-            f"{type(model).__name__} has no filters to partition",
+            f"the wiring of {name} is not known"
+            if convolves
+            else f"{name} has no filters to partition",
             expected="residual blocks with a rule, or a chain of layers with convolutions",
-            remedy=_REGISTER,
+            remedy=f"{how_to_wire(model)}; {_REGISTER}" if convolves else _other_method(model),
         )
     wire_chain(builder, [(path, None) for path in chain], types=(nn.Conv2d,))
 
@@ -102,7 +108,8 @@ def _residual_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, ResidualRul
     return found
 
 
-def _units_by_stage(model: nn.Module) -> dict[str, list[str]]:
+def units_by_stage(model: nn.Module) -> dict[str, list[str]]:
+    """The blocks that may be dealt, by stage; of some stages there are none."""
     blocks = _residual_blocks(model)
     stages: dict[str, list[str]] = {}
     for path in blocks:
@@ -118,7 +125,17 @@ def _stage(name: str, units: dict[str, list[str]], model: nn.Module) -> str:
     if len(fits) != 1:
         raise PartitionError(
             f"{type(model).__name__} has no stage of residual blocks {name!r}",
-            expected=f"one of {list(units)}",
-            remedy=None if units else _REGISTER,
+            expected=f"one of {list(units)}" if units else "a network with residual blocks",
+            remedy=None if units else _other_method(model),
         )
     return fits[0]
+
+
+def _convolves(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def _other_method(model: nn.Module) -> str:
+    """Which trainer a network without known residual blocks is for."""
+    deals = "LoFTTrainer deals its filters" if _convolves(model) else "ISTTrainer deals its neurons"
+    return f"gist.{deals}" + f"; {_REGISTER}" * (not chain_of(model))

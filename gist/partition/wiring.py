@@ -10,7 +10,7 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 
 from gist.errors import ConfigError, PartitionError
 from gist.partition.builder import SpecBuilder
-from gist.partition.chain import chain_of, wire_chain
+from gist.partition.chain import chain_of, how_to_wire, wire_chain
 from gist.partition.rules.pyg import wire_basic_gnn
 from gist.partition.spec import Axis, PartitionSpec
 
@@ -78,11 +78,10 @@ def partition_spec(model: nn.Module, wiring: Wiring | None = None) -> PartitionS
     else:
         known = next((wire for kind, wire in _KNOWN.items() if isinstance(model, kind)), None)
         if known is None:
-            layers = [name for name, _ in model.named_children()]
             raise PartitionError(
                 f"the wiring of {type(model).__name__} is not known",
                 expected="a gist.nn model, a PyG GCN, GraphSAGE, GAT or GIN, or a nn.Sequential",
-                remedy=f"pass wiring=[...] with the layers in order of the data flow, of {layers}; "
+                remedy=f"{how_to_wire(model)}; "
                 "or wiring=gist.wire_filters, wiring=gist.wire_blocks for residual networks",
             )
         known(model, builder)

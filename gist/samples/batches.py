@@ -44,6 +44,11 @@ class SampleSource(ABC):
     def steps_per_epoch(self) -> int:
         """Batches that make one pass over the training samples."""
 
+    @property
+    @abstractmethod
+    def smallest_batch(self) -> int:
+        """Samples of the smallest batch, as far as it is known."""
+
     @abstractmethod
     def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[SampleBatch]:
         """``steps`` batches; a function of the arguments alone, on every machine."""
@@ -88,6 +93,11 @@ class TensorSource(SampleSource):
     def steps_per_epoch(self) -> int:
         """See :attr:`~gist.samples.passes.Passes.steps_per_epoch`."""
         return self.passes.steps_per_epoch
+
+    @property
+    def smallest_batch(self) -> int:
+        """See :attr:`~gist.samples.passes.Passes.smallest_batch`."""
+        return self.passes.smallest_batch
 
     def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[SampleBatch]:
         """See :meth:`SampleSource.batches`."""

@@ -84,8 +84,9 @@ def load_dataset(name: str, /, *, root: str | Path | None = None, **options: Any
 
 
 def shape_of_dataset(card: SampleCard, **options: Any) -> SampleShape:
-    """The sizes that :func:`load_dataset` would give: those of the card, unless options or the
-    files that are there make them others. Nothing has to be there.
+    """The sizes that :func:`load_dataset` would give.
+
+    They are those of the card, unless options, or which files are there, make them others.
 
     Args:
         card: Of the dataset.

@@ -115,6 +115,11 @@ class DealtSource(SampleSource):
         """See :attr:`~gist.samples.passes.Passes.steps_per_epoch`."""
         return self.passes.steps_per_epoch
 
+    @property
+    def smallest_batch(self) -> int:
+        """See :attr:`~gist.samples.passes.Passes.smallest_batch`."""
+        return self.passes.smallest_batch
+
     def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[SampleBatch]:
         """See :meth:`SampleSource.batches`."""
         indices = self.passes.batches(seed=seed, round=round, subnet=subnet, steps=steps)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gist.config import SampleConfig
 from gist.csr import csr_tensor, is_csr, take_rows
@@ -20,7 +21,7 @@ from gist.metrics import RunningMetric, loss
 from gist.modes import keeps_modes
 from gist.partition.streams import stream
 from gist.samples.batches import SampleBatch, SampleSource, TensorSource
-from gist.samples.convert import SPLITS
+from gist.samples.convert import SPLITS, as_sample_tensor
 from gist.samples.data import SampleData
 from gist.samples.loader_data import LoaderData
 from gist.samples.loader_source import loader_source
@@ -116,23 +117,24 @@ class SampleObjective:
         return out
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, samples: Tensor | str = "test") -> Tensor:
+    def predict(self, model: nn.Module, samples: Tensor | str | Any = "test") -> Tensor:
         """Scores in evaluation mode: ``[n, num_classes]``.
 
         Args:
             model: The model; its modes are left as they are.
-            samples: A split; or samples ``[n, ...]``, in the form in which the data hold them.
+            samples: A split; or samples ``[n, ...]`` of the form in which the data hold theirs:
+                a tensor, or what :meth:`SampleData.of` takes. Floats get the data's precision.
 
         Raises:
-            ConfigError: samples of another form.
+            ConfigError: samples of another form, or an unknown split.
+            DataError: no array of numbers.
         """
         with keeps_modes(model):
             model.eval()
             if isinstance(samples, str):
                 inputs: Iterable[Tensor] = (x for x, _ in self._scored(samples))
             else:
-                self._check_form(samples)
-                inputs = self._prepared(samples.to(self.device))
+                inputs = self._prepared(self._as_stored(samples).to(self.device))
             return torch.cat([model(x) for x in inputs])
 
     def sample_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -151,7 +153,8 @@ class SampleObjective:
         """Refuses a model that does not fit the data.
 
         Raises:
-            ConfigError: it cannot put out some columns alone, as ``sampled_outputs`` wants it to.
+            ConfigError: it cannot put out some columns alone, as ``sampled_outputs`` wants it to;
+                or batches are of one sample, of which BatchNorm has no variance.
             PartitionError: it cannot run on this data, or puts out another width.
         """
         (x,), _ = self.sample_inputs(model)
@@ -168,12 +171,17 @@ class SampleObjective:
                 f"{type(model).__name__} must put out one tensor", got=type(out).__name__
             )
         if tuple(out.shape) != (_SAMPLES, self.data.num_classes):
+            lowest = self._lowest_class()
             raise PartitionError(
                 f"{type(model).__name__} puts out another width than the data needs",
                 got=f"{tuple(out.shape)} for {_SAMPLES} samples",
                 expected=f"({_SAMPLES}, {self.data.num_classes}): data.num_classes columns",
-                remedy="build the model with as many outputs as the data has classes",
+                remedy="build the model with as many outputs as the data has classes"
+                + f"; or give y - {lowest}: classes count from 0, and {lowest} is the lowest here"
+                * bool(lowest),
             )
+        if self.source.smallest_batch < 2:
+            self._check_single(model, x[:1])
         if self.sampled is not None:
             step = max(self.data.num_classes // _SAMPLE_OUTPUTS, 1)
             columns = torch.arange(0, self.data.num_classes, step, device=x.device).flip(0)
@@ -235,22 +243,21 @@ class SampleObjective:
         for x, y in self.data.scored(split, batch_size=size, most=most):
             yield x.to(self.device), y.to(self.device)
 
-    def _check_form(self, samples: Tensor) -> None:
-        """Refuses samples that are not in the form in which the data hold theirs."""
+    def _as_stored(self, given: Any) -> Tensor:
+        """Samples as the data hold theirs; refuses those of another form."""
         stored = self.data.x if isinstance(self.data, SampleData) else self.data.example()
+        samples = as_sample_tensor(given, like=stored)
         got, expected = (
             f"{x.layout} {x.dtype} of shape {('n', *x.shape[1:])}" for x in (samples, stored)
         )
         if got != expected:
-            floats = samples.is_floating_point() and stored.is_floating_point()
             raise ConfigError(
                 "these samples have another form than those that the model was trained on",
                 got=got,
                 expected=f"{expected}, as they are stored, not yet transformed",
-                remedy=f"x.to({stored.dtype})"
-                if floats and samples.dtype != stored.dtype
-                else None,
+                remedy="x[None] is one sample" if samples.shape == stored.shape[1:] else None,
             )
+        return samples
 
     def _prepared(self, samples: Tensor) -> Iterator[Tensor]:
         """The model's inputs of samples ``[n, ...]``, some at a time."""
@@ -273,6 +280,34 @@ class SampleObjective:
             count += len(y)
         defined = split != "train" or metric.is_defined
         return metric.result() if defined else None, total / count
+
+    def _lowest_class(self) -> int:
+        """The lowest class number that there is; 0 where labels are none, or not known."""
+        if not isinstance(self.data, SampleData) or self.data.task != "multiclass":
+            return 0
+        return min(int(self.data.labels(self.data.split(split)).min()) for split in SPLITS)
+
+    def _check_single(self, model: nn.Module, x: Tensor) -> None:
+        """Refuses batches of one sample, of which a BatchNorm would see one value per feature."""
+
+        def check(path: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args and args[0].numel() == args[0].size(1):
+                raise ConfigError(
+                    "BatchNorm cannot be trained on a single sample: it has no variance",
+                    got=f"batches of one sample, of which {path} sees one value per feature",
+                    expected="at least two samples in every batch",
+                    remedy="a larger batch_size, fewer shards, drop_last=True of a loader whose "
+                    "last batch is one sample; or LayerNorm",
+                )
+
+        norms = ((n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm))
+        hooks = [norm.register_forward_pre_hook(partial(check, path)) for path, norm in norms]
+        try:
+            with torch.no_grad(), keeps_modes(model):
+                model.eval()(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _tried(self, model: nn.Module, x: Tensor, **keywords: Tensor) -> Any:
         name = type(model).__name__

@@ -73,6 +73,14 @@ class Passes:
             assert shards is None, "clients have their own parts"
             self._take_parts(parts)
 
+    @property
+    def smallest_batch(self) -> int:
+        """Samples of the smallest batch of any subnet."""
+        fewest = len(self.samples) // (self.shards or 1)
+        if self.client_samples is not None:
+            fewest = int(self.client_samples.min())
+        return min(self.batch_size, fewest)
+
     def seen_by(self, subnet: int, *, seed: int) -> Tensor:
         """The sample numbers that a subnet sees."""
         if self.client_samples is not None:

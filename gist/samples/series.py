@@ -5,11 +5,12 @@ Shape legend: ``m`` subnets, ζ local steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch.utils.data import BatchSampler
 
 from gist.errors import ConfigError, DataError
 from gist.samples.batches import SampleBatch, SampleSource
@@ -69,7 +70,7 @@ class SeriesSource(SampleSource):
                 expected="a loader whose passes do not share workers",
                 remedy="persistent_workers=False: a pass over all batches starts them once",
             )
-        first_batch(loader)
+        first = len(first_batch(loader)[1])
         length = steps_per_epoch or length_of(loader)
         if length is None:
             raise ConfigError(
@@ -78,6 +79,7 @@ class SeriesSource(SampleSource):
                 remedy="give steps_per_epoch=...",
             )
         self._length = length
+        self._smallest = min(first, _last_batch(loader, length) or first)
         self._pass: LoaderPass | None = None
         self._reached = (0, 0)  # seed, position of the next batch of the open pass
         self._again = (0, range(0))  # seed, positions asked for last
@@ -88,6 +90,11 @@ class SeriesSource(SampleSource):
     def steps_per_epoch(self) -> int:
         """Batches of one pass over the loader."""
         return self._length
+
+    @property
+    def smallest_batch(self) -> int:
+        """Samples of the first batch or, where a ``DataLoader`` tells, of the last."""
+        return self._smallest
 
     def batches(self, *, seed: int, round: int, subnet: int, steps: int) -> Iterator[SampleBatch]:
         """See :meth:`SampleSource.batches`."""
@@ -147,6 +154,15 @@ class SeriesSource(SampleSource):
             expected=f"{self._length}",
             remedy="correct its len, or steps_per_epoch",
         )
+
+
+def _last_batch(loader: Loader, length: int) -> int:
+    """Samples that a ``DataLoader`` is left with for the last of ``length`` batches, if any."""
+    batches = getattr(loader, "batch_sampler", None)
+    if type(batches) is not BatchSampler or not isinstance(batches.sampler, Sized):
+        return 0
+    complete, rest = divmod(len(batches.sampler), batches.batch_size)
+    return rest if complete < length and not batches.drop_last else 0
 
 
 class _Reader(Iterator[SampleBatch]):

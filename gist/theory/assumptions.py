@@ -69,12 +69,7 @@ class GraphReport:
     radius: float
 
     @property
-    def is_vacuous(self) -> bool:
-        """Whether the bound says nothing."""
-        return self.why_vacuous is not None
-
-    @property
-    def why_vacuous(self) -> str | None:
+    def vacuous(self) -> str | None:
         """Why the bound says nothing; None where it says something.
 
         The radius is known up to a constant, which is taken as 1, and compared with n, the loss of
@@ -115,9 +110,8 @@ class GraphReport:
             rounds = math.log(2) / self.gap
             lines.append(f"  1 - ρ            {self.gap:.3g}, half in {rounds:.3g} rounds")
             lines.append(f"  radius           {self.radius:.3g}, times a constant")
-        lines.append(
-            f"  bound            {f'vacuous: {self.vacuous}' if self.vacuous else 'holds'}"
-        )
+        says = f"vacuous: {self.vacuous}" if self.vacuous else "says something"
+        lines.append(f"  bound            {says}")
         return "\n".join([*lines, *(f"  ! {finding}" for finding in self.findings)])
 
 

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gist.config import TrainConfig, learning_rate_factor
+from gist.config import (
+    _ELSEWHERE,
+    GraphConfig,
+    SampleConfig,
+    TrainConfig,
+    learning_rate_factor,
+    split_settings,
+)
 from gist.errors import ConfigError
 from gist.plan import plan_rounds
 
@@ -172,3 +179,14 @@ def test_unusable_settings_are_refused(bad):
 def test_unknown_settings_suggest_the_closest():
     with pytest.raises(ConfigError, match="did you mean 'local_steps'"):
         TrainConfig.from_settings({"local_step": 3})
+
+
+@pytest.mark.parametrize(("name", "own"), _ELSEWHERE.items())
+def test_settings_by_the_names_of_other_libraries_are_told_their_own(name, own):
+    with pytest.raises(ConfigError, match=f"^unknown setting '{name}'; remedy: .* '{own}'\\?$"):
+        split_settings({name: 3}, TrainConfig, GraphConfig, SampleConfig)
+
+
+def test_a_setting_that_nothing_is_like_lists_all_there_are():
+    with pytest.raises(ConfigError, match="unknown setting 'batch'; expected: one of backend, "):
+        TrainConfig.from_settings({"batch": 3})

@@ -35,6 +35,7 @@ def run(method=None, **settings):
         ({"hidden": 8}, "ist", ISTTrainer),
         ({"model": "mlp", "hidden": 8}, "ist", ISTTrainer),
         ({"model": "preact-resnet20", "hidden": 4, "num_subnets": 2}, "resist", ResISTTrainer),
+        ({"model": "preact-resnet18", "hidden": 4, "num_subnets": 2}, "loft", LoFTTrainer),
         ({"model": "vgg11", "hidden": 4}, "loft", LoFTTrainer),
     ],
 )
@@ -113,6 +114,7 @@ def test_images_are_images():
         ("local-sgd", {"warmup_rounds": 2}, "warmup_rounds is a setting of method 'resist'"),
         ("ist", {"model": "vgg11"}, "'ist' is not made for this model"),
         ("resist", {"model": "mlp"}, "'resist' is not made for this model"),
+        ("resist", {"model": "preact-resnet18"}, "not made for.*expected: preact-resnet20 or"),
         ("loft", {"model": "mlp"}, "'loft' is not made for this model"),
         ("ist", {"hiden": 4}, "unknown setting 'hiden'"),
         ("full", {"num_subnets": 2}, "the full model is not split"),
@@ -171,7 +173,7 @@ def test_methods_are_compared(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "own"), [("resist", {"min_blocks": 2, "warmup_rounds": 1}), ("loft", {})]
+    ("method", "own"), [("resist", {"min_blocks": 1, "warmup_rounds": 1}), ("loft", {})]
 )
 def test_baselines_are_of_the_same_network_and_settings(method, own):
     small = {**SMALL, "rounds": 2, "hidden": 4}

@@ -203,35 +203,35 @@ def changed(records: Records, **parts) -> Records:
     return dataclasses.replace(records, **given)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"metrics": {"num-examples": None}},
-        {"metrics": {"num-examples": 0}},
-        {"metrics": {"num-examples": True}},
-        {"metrics": {"num-examples": 1e30}},
-        {"metrics": {"seconds": float("nan")}},
-        {"metrics": {"passes": -1.0}},
-        {"metrics": {"last_loss": "low"}},
-        {"arrays": {"unit/hidden": np.arange(3)}},
-        {"arrays": {"bfloat16.tensor/w": np.arange(2, dtype=np.int16)}},
-        {"arrays": {"bfloat16.tensor/v": np.arange(3.0)}},
-        {"arrays": {"tensor/w": np.array(["a"])}},
-        {"arrays": {"tensor/w": np.array([object()])}},
-    ],
-    ids=str,
-)
-def test_a_damaged_outcome_is_refused(parts):
+DAMAGED_OUTCOMES = {
+    "no samples": {"metrics": {"num-examples": None}},
+    "none": {"metrics": {"num-examples": 0}},
+    "bool": {"metrics": {"num-examples": True}},
+    "float": {"metrics": {"num-examples": 1e30}},
+    "nan": {"metrics": {"seconds": float("nan")}},
+    "negative": {"metrics": {"passes": -1.0}},
+    "text": {"metrics": {"last_loss": "low"}},
+    "kind": {"arrays": {"unit/hidden": np.arange(3)}},
+    "twice": {"arrays": {"bfloat16.tensor/w": np.arange(2, dtype=np.int16)}},
+    "bits": {"arrays": {"bfloat16.tensor/v": np.arange(3.0)}},
+    "words": {"arrays": {"tensor/w": np.array(["a"])}},
+    "objects": {"arrays": {"tensor/w": np.array([object()])}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_OUTCOMES)
+def test_a_damaged_outcome_is_refused(damage):
     with pytest.raises(DataError, match="damaged"):
-        Outcome.unpack(changed(outcome_of().pack(), **parts))
+        Outcome.unpack(changed(outcome_of().pack(), **DAMAGED_OUTCOMES[damage]))
 
 
 @pytest.mark.parametrize(
-    "config", [{"trained": "w"}, {"trained": None}, {"steps": 1.5}, {"masked_outputs": 1}], ids=str
+    ("name", "value"),
+    [("trained", "w"), ("trained", None), ("steps", 1.5), ("masked_outputs", 1)],
 )
-def test_a_damaged_work_is_refused(config):
+def test_a_damaged_work_is_refused(name, value):
     with pytest.raises(DataError, match="damaged"):
-        Work.unpack(changed(work_of().pack(), config=config))
+        Work.unpack(changed(work_of().pack(), config={name: value}))
 
 
 # Server and clients in one process
@@ -550,22 +550,26 @@ def test_run_configurations_go_before_keywords():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("name", "value", "said"),
     [
-        ({"round": 3}, "did you mean 'rounds'"),
-        ({"num_subnets": 3}, "no use"),
-        ({"epochs": 3}, "no use"),
-        ({"optimizer": torch.optim.SGD}, "name of an optimizer"),
-        ({"min_clients": 0}, "min_clients"),
-        ({"in_flight": 1.5}, "in_flight"),
-        ({"timeout": float("inf")}, "timeout"),
-        ({"duration": -1}, "duration"),
+        ("round", 3, "did you mean 'rounds'"),
+        ("num_subnets", 3, "no use"),
+        ("epochs", 3, "no use"),
+        ("min_clients", 0, "min_clients"),
+        ("in_flight", 1.5, "in_flight"),
+        ("timeout", float("inf"), "timeout"),
+        ("duration", -1, "duration"),
     ],
-    ids=str,
 )
-def test_settings_that_cannot_be_used_are_refused(settings, said):
+def test_settings_that_cannot_be_used_are_refused(name, value, said):
     with pytest.raises(ConfigError, match=said):
-        read_settings(settings)
+        read_settings({name: value})
+
+
+def test_optimizers_have_names():
+    """Clients are told."""
+    with pytest.raises(ConfigError, match="name of an optimizer"):
+        read_settings({"optimizer": torch.optim.SGD})
 
 
 def test_other_data_and_metrics_are_refused(digits, own):

@@ -78,6 +78,13 @@ def test_every_strategy_trains_and_counts(digits, name):
     assert len(trainer.server._under_way) <= trainer.federated.in_flight
 
 
+def test_samples_are_scored_as_the_data_hold_them(digits):
+    trainer = trainer_of(digits)
+    scores = trainer.predict()
+    assert scores.shape == (len(digits.test), 10)
+    assert torch.equal(trainer.predict(digits.x[digits.test].tolist()), scores)
+
+
 @pytest.mark.parametrize("name", ["asyncdrop", "fedbuff", "heterofl"])
 def test_the_loss_falls(digits, name):
     rounds = {"asyncdrop": 80, "fedbuff": 10, "heterofl": 25}[name]

@@ -57,6 +57,7 @@ def test_what_is_evaluated_can_be_deployed():
     data = DATA["pictures"]
     x = data.x[data.test]
     scores = run.predict(x)
+    assert torch.equal(run.predict(), scores)
     inputs = data.prepared(x, training=False, generator=torch.Generator())
     folded = run.folded_model()
     assert not folded.training
@@ -80,9 +81,35 @@ def test_a_model_that_is_loaded_is_evaluated_as_it_was(tmp_path):
     assert torch.equal(other.predict(x), run.predict(x))
 
 
-def test_one_block_cannot_be_dealt():
-    with pytest.raises(PartitionError, match="a single block to deal"):
-        trainer(num_subnets=2, stages=("stages.0",))
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"stages": ("stages.0",)}, r"'stages.0'.*got: 1 that could.*choose stages=\['stages.1'\]"),
+        ({"min_blocks": 3}, "'stages.1'.*got: 3 that could be, min_blocks=3.*: lower min_blocks"),
+    ],
+)
+def test_blocks_that_every_subnet_would_hold_cannot_be_dealt(settings, match):
+    with pytest.raises(
+        PartitionError, match=f"every subnet would hold all blocks of stage {match}"
+    ):
+        trainer(num_subnets=2, **settings)
+    trainer(num_subnets=1, **settings)
+
+
+def test_other_stages_are_not_named_where_there_are_none():
+    model = PreActResNet((2, 2), (4, 4), block="basic", in_channels=1, num_classes=3)
+    with pytest.raises(PartitionError, match=r"remedy: use a deeper model, or LoFT$"):
+        ResISTTrainer(model, DATA["pictures"], num_subnets=2)
+
+
+def test_some_round_must_deal_blocks():
+    with pytest.raises(ConfigError, match=r"got: warmup_rounds=2, 2 rounds; expected: .*most 1"):
+        trainer(num_subnets=3, warmup_rounds=2)
+    phases = [(0.5, 3), (0.5, 1)]
+    with pytest.raises(ConfigError, match=r"got: warmup_rounds=2, 4 rounds; expected: .*most 1"):
+        trainer(num_subnets=phases, warmup_rounds=2, rounds=4)
+    trainer(num_subnets=1, warmup_rounds=2)
+    trainer(num_subnets=3, warmup_rounds=2, fast_dev_run=True)
 
 
 def test_depth_correction_can_be_switched_off():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gist import FilterRanks, LoFTTrainer, find_ticket, partition_spec, ranking_distance
-from gist.errors import ConfigError
+from gist.errors import ConfigError, PartitionError
 from gist.nn import VGG
 from gist.partition.scores import unit_norms
 from gist.plots import distance_heatmap
@@ -106,7 +106,13 @@ def test_a_ticket_trains_on():
         assert size == trainer.spec.sizes[group] // 2
 
 
-@pytest.mark.parametrize("pruned", [1.0, -0.1, float("nan")])
+def test_the_spec_of_another_model_is_refused():
+    spec = partition_spec(VGG(((6,), (9, 7)), in_channels=1))
+    with pytest.raises(PartitionError, match=r"spec does not fit PreActResNet.*\n.*has no layout"):
+        find_ticket(resnet(), spec, pruned=0.5)
+
+
+@pytest.mark.parametrize("pruned", [1.0, -0.1, float("nan"), "0.5", None])
 def test_all_filters_cannot_be_pruned(pruned):
     model = resnet()
     with pytest.raises(ConfigError, match="a share in"):

@@ -102,14 +102,29 @@ def test_a_subnet_is_the_network_with_absent_blocks_replaced_by_the_identity(blo
 @pytest.mark.parametrize(
     ("model", "stages", "why"),
     [
-        (small((1, 1)), None, r"could do without.*'stages.0': '0 such blocks'.*deeper model"),
+        (small((1, 1)), None, r"could do without.*'stages.0': '0 such blocks'.*: take a deeper"),
         (small(), ("stages.3",), r"no stage .*'stages.3'; expected: one of \['stages.0', 'st"),
         (small((2, 1)), ("stages.0", "stages.1"), r"could do without in stages.1"),
         (small(), (), "could do without"),
-        (MLP(4, 8, 2), None, r"MLP has no residual blocks .*gist\.ResidualRule"),
+        (MLP(4, 8, 2), None, r"MLP has no residual .*ISTTrainer deals.*gist\.ResidualRule"),
+        (
+            nn.Sequential(nn.Linear(3, 2)),
+            None,
+            "without; expected.*gist.ISTTrainer deals its neu.*$",
+        ),
+        (nn.Sequential(nn.Conv2d(2, 6, 3)), None, "gist.LoFTTrainer deals its filters$"),
         (MLP(4, 8, 2), ("linears",), r"no stage of residual blocks 'linears'.*ResidualRule"),
     ],
-    ids=["shallow", "unknown", "one shallow", "none", "no blocks", "none of that name"],
+    ids=[
+        "shallow",
+        "unknown",
+        "one shallow",
+        "none",
+        "no blocks",
+        "an MLP",
+        "a CNN",
+        "none of that name",
+    ],
 )
 def test_networks_without_such_blocks_are_refused(model, stages, why):
     with pytest.raises(PartitionError, match=why):
@@ -144,8 +159,25 @@ def test_the_last_layer_of_a_chain_stays_whole_where_it_is_a_convolution():
     "model", [MLP(4, 8, 2), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))], ids=["MLP", "chain"]
 )
 def test_models_without_filters_are_refused(model):
-    with pytest.raises(PartitionError, match="has no filters to partition"):
+    with pytest.raises(PartitionError, match=r"has no filters to partition.*gist.ISTTrainer deals"):
         partition_spec(model, wire_filters)
+
+
+def test_a_network_of_ones_own_is_wired_by_names():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c1, self.b1 = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)
+            self.c2, self.fc = nn.Conv2d(6, 4, 3), nn.Linear(4, 3)
+
+    message = (
+        r"wiring of Net is not known;.*wiring=\[...\].*\['c1', 'b1', 'c2', 'fc'\].*ResidualRule"
+    )
+    with pytest.raises(PartitionError, match=message):
+        partition_spec(Net(), wire_filters)
+    assert partition_spec(Net(), ["c1", "b1", "c2", "fc"]).sizes == {"c1": 6, "c2": 4}
+    with pytest.raises(PartitionError, match=r"gist.LoFTTrainer deals its filters; .*ResidualRule"):
+        partition_spec(Net(), wire_blocks)
 
 
 @pytest.mark.parametrize("wiring", [wire_blocks, wire_filters])

@@ -69,6 +69,7 @@ def test_shards_are_disjoint_and_even_and_cover_all(count, shards, seed, size):
     passes = Passes(samples, size, local_steps=3, shards=shards)
     assert passes.steps_per_epoch == Passes(samples, size, local_steps=3).steps_per_epoch
     parts = [passes.seen_by(i, seed=seed) for i in range(shards)]
+    assert passes.smallest_batch == min(size, *map(len, parts))
     assert sorted(torch.cat(parts).tolist()) == samples.tolist()
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert torch.equal(passes.seen_by(shards + 1, seed=seed), parts[(shards + 1) % shards])

@@ -69,6 +69,14 @@ def test_images_stay_bytes():
     assert torch.allclose(inputs, data.x[data.train] / 255)
 
 
+@pytest.mark.parametrize("shape", [(60,), (4, 15), (3, 4, 5), (3, 2, 2, 5)])
+def test_bytes_of_any_shape_are_scaled(shape):
+    data = SampleData.of((images().reshape(20, *shape), np.arange(20) % 3))
+    assert data.sample_shape == shape
+    inputs = data.inputs(data.train, training=True, generator=stream("a"))
+    torch.testing.assert_close(inputs, data.x[data.train] / 255)
+
+
 def test_the_rows_of_bags_are_those_of_the_dense_matrix():
     data = made(x=bags())
     index = torch.randperm(20)[:7]
@@ -124,6 +132,18 @@ def test_labels_in_columns_and_sparse_labels(kind):
     assert columns.y.dtype == sparse.y.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "as_y",
+    [np.asarray, torch.as_tensor, list, lambda y: y[:, None]],
+    ids=["array", "tensor", "list", "column"],
+)
+def test_truth_values_are_two_classes(as_y):
+    y = np.arange(12) % 3 > 0
+    data = SampleData.of((np.ones((12, 2)), as_y(y)))
+    assert (data.task, data.num_classes) == ("multiclass", 2)
+    assert data.y.tolist() == y.tolist()
+
+
 def test_splits_are_drawn_once_and_for_all():
     pair = (torch.randn(103, 2), torch.arange(103) % 2)
     data = SampleData.of(pair)
@@ -143,6 +163,8 @@ def test_splits_may_be_masks_or_numbers():
     assert data.train.tolist() == [0, 2, 4]
     assert data.test.tolist() == [3, 5]
     assert data.test.dtype == torch.int64
+    sliced = SampleData.of(pair, train=slice(0, 6, 2), val=slice(1, 2), test=slice(-1, 2, -2))
+    assert [sliced.split(s).tolist() for s in ("train", "val", "test")] == [[0, 2, 4], [1], [5, 3]]
 
 
 def test_the_fingerprint_is_that_of_all_that_counts():
@@ -210,6 +232,10 @@ REFUSED = {
         {"transform": lambda b, **_: b[:1]},
         r"one row for each sample; got: torch.float32 of \(1, 3\)",
     ),
+    "transform makes nan": (
+        {"transform": lambda b, **_: b / 0},
+        "samples as the transform makes them hold NaN or infinite values; got: 2 samples",
+    ),
     "labels of others": ({"y": torch.zeros(19).long()}, "disagree on the number of samples"),
     "float classes": ({"y": torch.zeros(20)}, "labels have a form"),
     "large class": ({"num_classes": 3}, "labels out of range; got: 3 and others at 5 samples"),
@@ -270,7 +296,8 @@ def test_damaged_sparse_matrices_are_refused(matrix, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "micro_f1"}, "does not fit the task multiclass.*expected: accuracy"),
+        ({"metric": "micro_f1"}, "does not fit the task multiclass.*expected: accuracy$"),
+        ({"y": torch.eye(4)[torch.arange(20) % 4]}, r"'accuracy'.*\('n', 4\).*y.argmax\(1\)"),
         (
             {"y": sparse_labels(), "num_classes": 7, "metric": "roc_auc"},
             "does not fit sparse labels.*expected: precision@1 or precision@3 or precision@5",
@@ -294,8 +321,14 @@ X, Y = torch.zeros(6, 2), [0, 1] * 3
             DataError,
             r"no samples and labels; got: Tensor; expected: a SampleData, or a pair",
         ),
-        ((X, ["a"] * 6), {}, DataError, "y cannot be read as an array of numbers; got: list"),
-        ((X, [0.5] * 6), {}, DataError, "class numbers must be whole.*return_inverse"),
+        ((X, ["a"] * 6), {}, DataError, r"y cannot be read.*got: list of dtype <U1.*numpy.unique"),
+        ((X, np.array([None] * 6)), {}, DataError, "y cannot.*ndarray of dtype object.*numpy.uni"),
+        (([[1], [1, 2]], Y), {}, DataError, "x cannot be read as an array of numbers; got: list;"),
+        ((X, [1.0, 0.5] * 3), {}, DataError, "regression is not.*got: 0.5 and others at 3 samples"),
+        ((X, [1, np.nan, *Y[2:]]), {}, DataError, "labels are NaN.*got: 1 sample, first sample 1"),
+        ((X, [1, np.inf, *Y[2:]]), {}, DataError, "labels are NaN or infinite; got: 1 sample"),
+        ((X, []), {}, DataError, "labels must be real numbers, at least one"),
+        ((X, [1j] * 6), {}, DataError, "labels must be real numbers.*complex128"),
         ((X + 1j, Y), {}, DataError, "real numbers"),
         ((X, Y), {"train": [0]}, ConfigError, "some splits are given.*got: no val and no test"),
         ((X, Y), {"fractions": (0.5, 0.5, 0.5)}, ConfigError, "three shares"),

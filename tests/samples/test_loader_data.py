@@ -36,6 +36,19 @@ def test_it_knows_what_its_loaders_give():
     assert y.dtype == torch.float32
 
 
+def test_a_column_of_whole_numbers_is_class_numbers():
+    x, y = loader().dataset.tensors
+    column = DataLoader(TensorDataset(x, y[:, None]), batch_size=5)
+    data = made(train=column, val=column, test=column)
+    assert (data.task, data.fingerprint) == (
+        "multiclass",
+        made(val=loader(), test=loader()).fingerprint,
+    )
+    column = DataLoader(TensorDataset(x, y[:, None] / 2), batch_size=5)
+    with pytest.raises(ConfigError, match=r"'accuracy' of torch.float32.*\('n', 1\).*long\(\)"):
+        made(train=column, val=column, test=column)
+
+
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_all_samples_of_a_split_are_scored(split, shuffle):
@@ -113,3 +126,15 @@ def test_labels_are_checked_where_they_are_scored(sampler):
     data = made(val=DataLoader(late, batch_size=5, sampler=sampler))
     with pytest.raises(DataError, match=r"batch 2 of the val loader do not fit.* to 3"):
         list(data.scored("val", batch_size=5))
+
+
+@pytest.mark.parametrize("sampler", [None, range(12)])
+def test_samples_are_checked_where_they_are_scored(sampler):
+    x, y = loader().dataset.tensors
+    late = TensorDataset(torch.where(torch.arange(12)[:, None] == 11, torch.nan, x), y)
+    data = made(val=DataLoader(late, batch_size=5, sampler=sampler))
+    message = "samples of batch 2 of the val loader hold NaN.*got: 1 sample, first sample 1"
+    with pytest.raises(DataError, match=message):
+        list(data.scored("val", batch_size=5))
+    with pytest.raises(DataError, match="samples of the first batch of the val loader hold NaN"):
+        made(val=[(torch.full((2, 2), torch.inf), torch.zeros(2).long())])

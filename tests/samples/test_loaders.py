@@ -328,6 +328,16 @@ def test_a_late_label_is_refused_where_its_batch_is_made(sampler):
         list(made(loader).batches(**ONE, steps=12))
 
 
+@pytest.mark.parametrize("sampler", [None, range(23)])
+def test_a_late_nan_is_refused_where_its_batch_is_made(sampler):
+    x, y = tensors().tensors
+    x = torch.where(torch.arange(23)[:, None] == 17, torch.nan, x)
+    loader = DataLoader(TensorDataset(x, y), batch_size=4, sampler=sampler)
+    message = r"samples of batch \d of .* hold NaN or infinite values; got: 1 sample, first sample"
+    with pytest.raises(DataError, match=message):
+        list(made(loader).batches(**ONE, steps=12))
+
+
 def test_a_pass_draws_from_generators_of_its_own():
     generator = torch.Generator().manual_seed(5)
     sampler = RandomSampler(tensors(), replacement=True, num_samples=99, generator=generator)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -156,10 +158,33 @@ def test_scores_of_given_samples_are_those_of_the_split():
     assert torch.equal(made(data).predict(net(data), x), made(data).predict(net(data)))
 
 
+def test_arrays_lists_and_other_floats_are_scored_as_tensors():
+    def scores(kind, x) -> Tensor:
+        data = KINDS[kind]()
+        return made(data).predict(net(data), x)
+
+    for kind in ("rows", "loaders"):
+        x = rows()[0]
+        whole = scores(kind, x)
+        for given in (x.double(), x.numpy(), x.double().numpy(), x.tolist()):
+            assert torch.equal(scores(kind, given), whole)
+    assert torch.equal(scores("images", images().numpy()), scores("images", images()))
+    x = rows()[0].relu()
+    sparse = scores("bags", sp.csr_matrix(x.double().numpy()))
+    assert torch.equal(sparse, scores("bags", x.to_sparse_csr()))
+    precise = SampleData.of((rows()[0].double(), rows()[1]))
+    numbers = np.random.default_rng(0).normal(size=(5, 4))
+    model = net(precise).double()
+    expected = model.eval()(torch.from_numpy(numbers))
+    assert torch.equal(made(precise).predict(model, numbers), expected)
+
+
 @pytest.mark.parametrize(
     ("kind", "x", "message"),
     [
-        ("rows", torch.zeros(3, 4).double(), r"got: .*float64.*expected.*float32.*x.to\(torch.fl"),
+        ("rows", "all", "unknown split; got: 'all'"),
+        ("rows", torch.zeros(4), r"got: .*\('n',\); .*remedy: x\[None\] is one sample"),
+        ("images", np.zeros((3, 1, 4, 4), np.int64), "got: .*int64.*expected: .*uint8"),
         ("rows", torch.zeros(3, 5), r"got: .*\('n', 5\); expected.*\('n', 4\)"),
         ("rows", torch.zeros(3, 4).to_sparse_csr(), "got: torch.sparse_csr.*: torch.strided"),
         ("images", torch.zeros(3, 1, 4, 4), r"got: .*float32.*expected: .*uint8.*not yet transf"),
@@ -253,6 +278,37 @@ def test_models_that_do_not_fit_are_refused(kind, model, message):
     with pytest.raises(PartitionError, match=message):
         made(KINDS[kind]()).check(model.train())
     assert model.training
+
+
+def test_labels_that_start_at_1_are_told():
+    x, y = rows()
+    message = r"got: \(8, 3\).*expected: \(8, 4\).*give y - 1: classes count from 0"
+    with pytest.raises(PartitionError, match=message):
+        made(SampleData.of((x, y + 1))).check(nn.Linear(4, 3))
+
+
+NORMED = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("kind", ["sizes", "shards", "series", "last of a series"])
+def test_batches_of_one_sample_are_refused_with_batchnorm(kind):
+    data, settings = KINDS["images"](), {"batch_size": 1} if kind == "sizes" else {}
+    if kind == "shards":
+        data = SampleData.of((data.x, data.y), train=[0, 1], val=[2], test=[3], num_classes=3)
+        settings = {"shards": True}
+    if "series" in kind:
+        dataset = TensorDataset(images() / 255, rows()[1])
+        every = DataLoader(dataset, sampler=range(60), batch_size=1 if kind == "series" else 59)
+        data, settings = LoaderData(train=every, val=every, test=every, num_classes=3), {}
+    objective = made(data, **settings)
+    with pytest.raises(ConfigError, match=r"BatchNorm cannot be trained on a single.*which 2 sees"):
+        objective.check(NORMED.train())
+    assert NORMED.training
+    pixels = nn.Sequential(
+        nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    objective.check(pixels)  # each has values enough
+    objective.check(nn.Sequential(nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3)))
 
 
 def test_models_that_fit_are_left_in_their_mode():

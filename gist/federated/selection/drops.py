@@ -24,10 +24,10 @@ from gist.partition.scores import ranked, unit_changes
 class HeteroDrop(Selection):
     """Hetero AsyncDrop: fast clients leave out the units that moved most, slow ones train them.
 
-    Dun et al., AISTATS 2023, algorithm 3, and the authors' code. Units of a group of ``n`` are sorted
-    by ``||W_now - W_init||_1`` (:func:`~gist.partition.scores.unit_changes`), the largest first.
-    ``k = floor((1 - p) n)`` of them are left out: those from place ``rank n // num_ranks`` on, or
-    the last ``k``, where that is too far back.
+    Dun et al., AISTATS 2023, algorithm 3, and the authors' code. The ``n`` units of a group are
+    sorted by ``||W_now - W_init||_1`` (:func:`~gist.partition.scores.unit_changes`), the largest
+    first. ``k = floor((1 - p) n)`` of them are left out: those from place ``rank n // num_ranks``
+    on, or the last ``k``, where that is too far back.
 
     Deviations: the authors start at ``rank * int(n / num_ranks)``, which is 0 for everybody as soon
     as there are more clients than units, so that all leave out the same. They score and drop in
