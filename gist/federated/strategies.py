@@ -109,9 +109,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "fedselect": Strategy(
         selection=FedSelect(), rule=CohortDelta(), capacity=0.5, synchronous=True
     ),
-    "federated-pruning": Strategy(
-        selection=FederatedPruning(), rule=CountMean(), capacity=0.5, synchronous=True
-    ),
+    "federated-pruning": Strategy(selection=FederatedPruning(), rule=CountMean(), synchronous=True),
     "prunefl": Strategy(selection=PruneFL(), rule=DataMean(), capacity=0.5, synchronous=True),
 }
 """Strategies by name; the sources are those of their selections and rules.

@@ -257,6 +257,7 @@ def merge(
 
 _MEAN_IN = {
     torch.bool: torch.int8,
+    torch.uint8: torch.int16,  # differences are signed
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }

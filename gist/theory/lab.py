@@ -83,7 +83,7 @@ def contraction(
     schemes: Sequence[Scheme] = SCHEMES,
     *,
     width: int = 4000,
-    scale: float | None = None,
+    scale: float = 0.5,
     lr: float | None = None,
     rounds: int = 4,
     repeats: int = 4,
@@ -92,20 +92,20 @@ def contraction(
     """Measures how fast the modes of the residual shrink, scheme by scheme.
 
     Targets are those of the problem moved so that the residual has the same share of every mode
-    at the start, of length ‖y‖ together: so each rate can be told.
+    at the start, of length ‖y‖ together: so each rate can be told. A larger κ makes a network of
+    some width change less, and the masks more noise.
 
     Args:
         problem: Samples; :meth:`~gist.theory.problem.Problem.sphere` where it is None.
         schemes: What to measure.
         width: m.
-        scale: κ; ``n^(-1/2)`` where it is None.
+        scale: κ.
         lr: η; :func:`default_lr` where it is None.
         rounds: Rounds of each run.
         repeats: Runs of each scheme, each with a network and masks of its own.
         seed: Seed of the first.
     """
     problem = problem or Problem.sphere()
-    scale = problem.num_samples**-0.5 if scale is None else scale
     spectrum = Spectrum.of(problem.kernel())
     lr = 0.5 / spectrum.largest if lr is None else lr
     assert spectrum.vectors is not None

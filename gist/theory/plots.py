@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from gist.theory.lab import Contraction, Floor
 from gist.theory.masked import RoundTrace
@@ -73,8 +74,8 @@ def floor_plot(records: Sequence[Floor]) -> Figure:
         values = [record.value for record in these]
         if min(values) > 0 and max(values) > 4 * min(values):
             ax.set_xscale("log")
-            ax.minorticks_off()
-            ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.xaxis.set_ticks(values, [f"{value:.3g}" for value in values])
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(_SYMBOLS[varied])
         _tidy(ax)
     panels[0].set_ylabel("loss in the end")
@@ -113,7 +114,7 @@ def sawtooth_plot(traces: Sequence[RoundTrace]) -> Figure:
 
 def _tidy(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=8, colors=_INK)
+    ax.tick_params(which="both", labelsize=8, colors=_INK)
     for axis in (ax.xaxis, ax.yaxis):
         axis.label.set(fontsize=9, color=_INK, parse_math=False)
     ax.grid(color=_GREY, linewidth=0.7)

@@ -82,7 +82,7 @@ def test_samples_are_scored_as_the_data_hold_them(digits):
     trainer = trainer_of(digits)
     scores = trainer.predict()
     assert scores.shape == (len(digits.test), 10)
-    assert torch.equal(trainer.predict(digits.x[digits.test].tolist()), scores)
+    assert torch.equal(trainer.predict(digits.x[digits.test].numpy()), scores)
 
 
 @pytest.mark.parametrize("name", ["asyncdrop", "fedbuff", "heterofl"])
