@@ -83,14 +83,17 @@ def load_dataset(name: str, /, *, root: str | Path | None = None, **options: Any
         ) from error
 
 
-def shape_of_dataset(card: SampleCard, **options: Any) -> SampleShape:
+def shape_of_dataset(
+    card: SampleCard, *, root: str | Path | None = None, **options: Any
+) -> SampleShape:
     """The sizes that :func:`load_dataset` would give.
 
     They are those of the card, unless options, or which files are there, make them others.
 
     Args:
         card: Of the dataset.
-        **options: As for :func:`load_dataset`.
+        root: As for :func:`load_dataset`.
+        **options: Likewise.
 
     Raises:
         ConfigError: an unknown option.
@@ -100,7 +103,7 @@ def shape_of_dataset(card: SampleCard, **options: Any) -> SampleShape:
         left_out = card.split_sizes[0] - size
         return replace(shape, train_samples=size, num_samples=shape.num_samples - left_out)
     if "part" in every:
-        found = find_form(card, options.get("root"), _forms(every["part"]))
+        found = find_form(card, root, _forms(every["part"]))
         if every["part"] == "t10k" or (found is not None and found[0] == "t10k"):
             _, _, test = card.split_sizes
             train = test - test // 10 - test // 5

@@ -36,6 +36,7 @@ from gist.csr import is_csr, parts
 from gist.graph.live_bytes import LiveBytes
 from gist.methods import SampleTrainer
 from gist.nn import MLP, PreActResNet
+from gist.partition.grouped.grouping import never_grouped
 from gist.partition.residual_wiring import wire_blocks, wire_filters
 from gist.partition.wiring import Wiring
 from gist.plan import plan_rounds
@@ -423,3 +424,17 @@ def test_tables_and_json_have_the_sizes(shape):
     written = json.loads(json.dumps(costs.to_json(), allow_nan=False))
     assert written["data"] == costs.data
     assert all(isinstance(size, int) for size in written["data"].values())
+
+
+@pytest.mark.parametrize(
+    ("model", "wiring", "apart"),
+    [
+        (MLP(8, 16, 3, 3), None, False),
+        (PreActResNet((2, 2), (4, 8), block="basic", num_classes=10), wire_filters, True),
+        (PreActResNet((2, 2), (4, 8), block="basic", num_classes=10), wire_blocks, True),
+        (nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), None, False),
+    ],
+    ids=["mlp", "filters", "blocks", "chain"],
+)
+def test_which_subnets_are_never_stacked(model, wiring, apart):
+    assert never_grouped(model, partition_spec(model, wiring)) is apart

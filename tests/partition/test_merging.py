@@ -31,7 +31,7 @@ from gist.partition.merging import (
     output_layer,
 )
 from gist.partition.spec import ParamLayout, PartitionSpec, Slot, UnitGroup, model_tensors
-from gist.partition.transfer import Selection, extract, merge
+from gist.partition.transfer import RunningMean, Selection, extract, merge
 from tests.partition.test_extract_merge import bits, cases, copies, entries, holders, specs, trained
 
 RULES: list[MergeRule] = [
@@ -595,3 +595,10 @@ def test_parts_may_require_gradients():
     assert all(t.is_leaf and t.grad_fn is None for t in tensors.values())
     selection = Selection(spec, part.assignment, 0)
     assert all(selection.shape(spec.layouts[n]) == tuple(t.shape) for n, t in grown.items())
+
+
+def test_a_running_mean_of_bytes_does_not_wrap():
+    mean = RunningMean(torch.tensor([0, 7], dtype=torch.uint8))
+    for part in (10, 4):
+        mean.add((torch.tensor([0]),), torch.tensor([part], dtype=torch.uint8))
+    assert mean.value.to(torch.uint8).tolist() == [7, 7]

@@ -16,7 +16,7 @@ from gist.catalog.records import SampleCard, Split
 from gist.errors import ConfigError, DataError
 from gist.samples import datasets, image_files
 from gist.samples.data import SampleData
-from gist.samples.datasets import CIFAR_CLASSES, load_dataset, prepare_dataset
+from gist.samples.datasets import CIFAR_CLASSES, load_dataset, prepare_dataset, shape_of_dataset
 from gist.samples.image_files import CIFAR_BATCHES
 from gist.samples.transforms import ImageTransform, Scale
 from tests.image_layout import cifar_batch, idx, write_cifar_archive, write_class_zip
@@ -169,6 +169,8 @@ def test_the_test_images_of_mnist_may_stand_alone(mnist, tmp_path, part):
     assert data.train.tolist() != sorted(data.train.tolist())
     again = load_dataset("mnist", root=tmp_path, part=part)
     assert again.fingerprint() == data.fingerprint()
+    shape = shape_of_dataset(mnist, root=tmp_path, part=part)
+    assert (shape.name, shape.num_samples, shape.training_samples) == ("mnist-t10k", 20, 14)
 
 
 def test_a_part_that_is_not_there_is_refused(mnist, tmp_path):
