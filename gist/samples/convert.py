@@ -236,15 +236,15 @@ def _as_tensor(what: str, value: Any, remedy: str | None = None) -> Tensor:
         return (
             value.detach().to_sparse_csr() if value.layout == torch.sparse_coo else value.detach()
         )
-    kind = ""
+    dtype = ""
     try:
         array = np.asarray(value)
-        kind = f" of dtype {array.dtype}"
+        dtype = f" of dtype {array.dtype}"
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{what} cannot be read as an array of numbers",
-            got=type(value).__name__ + kind,
+            got=type(value).__name__ + dtype,
             expected="a torch tensor, a numpy array, a scipy matrix or equally long lists",
             remedy=remedy,
         ) from error

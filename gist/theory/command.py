@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
@@ -71,6 +72,8 @@ def _graph(name: str, **settings: Any) -> Outcome:
         raise ConfigError("this dataset is no graph", got=repr(name))
     report = graph_report(data, **settings)
     values = {**asdict(report), "vacuous": report.vacuous, "findings": [*report.findings]}
+    if not math.isfinite(report.radius):
+        values["radius"] = None
     return values, str(report), None
 
 

@@ -43,10 +43,10 @@ def copy_variance(keep: float, num_subnets: int) -> float:
 
 
 def bound_variance(keep: float, num_subnets: int) -> float:
-    """``(θ - ξ²) / p``: what the floor of multi-sample dropout goes with in the paper's bound.
+    """``(θ - ξ²) / p``: the variance that the paper's bounds for Bernoulli masks go with.
 
     Corollary 6 of arXiv 2112.02668 prints ``(θ - ξ)/p``, which would be 0 for dropout and
-    contradicts Corollary 5, where ``ξ - ξ²`` stands.
+    contradicts Corollary 5.
 
     Args:
         keep: ξ.

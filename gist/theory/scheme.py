@@ -20,7 +20,7 @@ UNITS = "neurons"
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How a round masks neurons, and for how long its subnets train (arXiv 2112.02668, section 3).
+    """How a round masks neurons, and for how long its subnets train (arXiv 2112.02668).
 
     The paper's cases have constructors of their own: :meth:`dropout`, :meth:`multi_sample_dropout`,
     :meth:`bernoulli`, :meth:`ist`, and :meth:`whole` for plain gradient descent.
@@ -53,12 +53,12 @@ class Scheme:
 
     @classmethod
     def dropout(cls, keep: float) -> Scheme:
-        """Dropout: one mask, one step (Corollary 5)."""
+        """Dropout: one mask, one step."""
         return cls(sampler=Bernoulli(keep))
 
     @classmethod
     def multi_sample_dropout(cls, keep: float, num_subnets: int) -> Scheme:
-        """Multi-sample dropout: the mean of several masks, one step (Corollary 6)."""
+        """Multi-sample dropout: the mean over several masks, one step."""
         return cls(sampler=Bernoulli(keep), num_subnets=num_subnets)
 
     @classmethod

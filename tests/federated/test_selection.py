@@ -515,7 +515,7 @@ def test_names_are_short_and_every_class_has_one():
         (request, {"progress": 1.5}),
         (request, {"client": -1}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
 def test_what_is_out_of_range_is_refused(kind, settings):
     with pytest.raises(ConfigError):
