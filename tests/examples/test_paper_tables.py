@@ -19,6 +19,7 @@ METHODS = {
         "full",
         "full, 50% pruned, fine-tuned",
         "full, 50% pruned, rewound",
+        "local-sgd",
         "loft",
         "loft, 50% pruned, fine-tuned",
         "loft, 50% pruned, rewound",
@@ -53,3 +54,24 @@ def test_it_runs(name, tmp_path):
         assert row["paper"] is None, "that is of other data"
         trained_by_many = row["subnets"] > 1 and "pruned" not in row["method"]
         assert (row["bytes_per_round"] > 0) == trained_by_many
+
+
+@pytest.mark.slow
+def test_federated_strategies(tmp_path):
+    out = tmp_path / "rows.json"
+    script = str(PAPERS / "asyncdrop.py")
+    done = subprocess.run(
+        [sys.executable, script, "--quick", "--threads", "1", "--seeds", "1", "--json", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())
+    assert [row["strategy"] for row in rows] == ["asyncdrop", "asyncdrop-uniform", "async-fedavg"]
+    for row in rows:
+        assert 10 < row["best"] <= 100
+        assert row["merges"] > 10
+        assert row["megabytes_down"] >= row["megabytes_up"] > 0
+        assert row["paper"] is None, "that is of other data"

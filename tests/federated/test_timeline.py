@@ -174,7 +174,7 @@ def test_the_rate_is_led_by_the_fastest_under_way():
     changes = [task.start for task in line.tasks if task.rate < 1]
     for task in line.tasks:
         fast = [t.finish for t in line.tasks if t.request.client == 0 and t.finish <= task.start]
-        assert task.rate == pytest.approx(1 - max(fast, default=0.0) / 100.0)
+        assert task.rate == pytest.approx(1 - max(fast, default=0.0) / 100.0, abs=1e-8)
     assert changes
 
 
