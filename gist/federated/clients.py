@@ -51,11 +51,6 @@ class Clients:
         """The client with most samples."""
         return max(range(len(self.samples)), key=self.samples.__getitem__)
 
-    @property
-    def takes_batches(self) -> bool:
-        """Whether a step sees some samples of a client, and not all of its part of a graph."""
-        return isinstance(self.objective, SampleObjective)
-
     def describe(self) -> dict[str, Any]:
         """What is trained on, as JSON values."""
         return self.objective.describe()

@@ -94,7 +94,7 @@ class Server(SerialExecutor):
         self._initial: dict[str, Tensor] = {}
         if strategy.selection.needs_initial:
             self._initial = {n: t.detach().clone() for n, t in self.tensors.items()}
-        self._refused = 0
+        self._refused, self._reason = 0, ""
         self._loss: float | None = None
 
     def tensors_now(self) -> Mapping[str, Tensor]:
@@ -135,7 +135,7 @@ class Server(SerialExecutor):
         elif self._refused >= _PATIENCE:
             raise DivergedError(
                 f"the last {self._refused} answers of clients were refused",
-                got=self.events[-1]["reason"],
+                got=self._reason,
                 remedy="lower lr, set clip_norm, or use a model with normalisation",
             )
         return RoundReport(
@@ -208,8 +208,8 @@ class Server(SerialExecutor):
             wanted = [name for name in sent if self._comes_back(name, names)]
             check_part(part, self.spec, names=wanted, like=self.tensors)
         except PartitionError as error:
-            self._refused += 1
-            self._log(time, "refused", task, reason=str(error))
+            self._refused, self._reason = self._refused + 1, str(error)
+            self._log(time, "refused", task, reason=self._reason)
             return None
         self._refused = 0
         self._log(time, "merged", task, loss=answer.losses[1], staleness=part.staleness)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gist.batchnorm import tracks_statistics
 from gist.checkpoint import write_atomically
 from gist.config import (
     FederatedConfig,
@@ -166,14 +165,7 @@ class FederatedTrainer(SubnetTrainer):
             raise one_process_only(self.comm.size)
 
     def _check_subnets(self) -> None:
-        """A client holds at least one unit of every group; BatchNorm wants two samples of it."""
-        smallest = min(self.clients.samples)
-        if smallest < 2 and tracks_statistics(self.model) and self.clients.takes_batches:
-            raise ConfigError(
-                "BatchNorm cannot be trained on a single sample",
-                got=f"{smallest} at the smallest of {self.federated.clients} clients",
-                remedy="fewer clients, a split with min_samples=2, or another norm",
-            )
+        """Nothing to check: a client holds at least one unit of every group."""
 
     def _find_room(self) -> Room | None:
         return None

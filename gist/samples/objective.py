@@ -296,7 +296,7 @@ class SampleObjective:
                     "BatchNorm cannot be trained on a single sample: it has no variance",
                     got=f"batches of one sample, of which {path} sees one value per feature",
                     expected="at least two samples in every batch",
-                    remedy="a larger batch_size, fewer shards, drop_last=True of a loader whose "
+                    remedy="a larger batch_size, fewer shards or clients, drop_last=True of a loader whose "
                     "last batch is one sample; or LayerNorm",
                 )
 

@@ -206,7 +206,7 @@ def test_garbage_changes_nothing_and_is_logged(digits):
 
 
 def test_a_run_of_nothing_but_garbage_is_given_up(digits):
-    fleet = dataclasses.replace(Fleet.uniform(CLIENTS), corrupt=1.0)
+    fleet = dataclasses.replace(Fleet.uniform(CLIENTS), corrupt=0.9, lost=0.1)
     trainer = trainer_of(digits, fleet=fleet, rounds=120, local_steps=1, batch_size=2)
     with pytest.raises(DivergedError, match="were refused"):
         trainer.fit()
@@ -378,6 +378,11 @@ def test_time_to_a_target(digits):
 def test_settings_that_cannot_be(digits, settings, said):
     with pytest.raises(ConfigError, match=said):
         trainer_of(digits, **settings)
+
+
+def test_clients_with_a_single_sample_are_no_match_for_batchnorm(digits):
+    with pytest.raises(ConfigError, match="single sample"):
+        trainer_of(digits, clients=len(digits.train), split="iid", norm="batch")
 
 
 def test_asyncdrop_settings_that_cannot_be(digits):

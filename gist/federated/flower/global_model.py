@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gist.federated.flower.messages import Outcome
 from gist.federated.selection import Request
+from gist.federated.server import Answer
 from gist.federated.strategies import Strategy
 from gist.partition.assignment import Assignment
 from gist.partition.merging import Part, check_part
@@ -31,14 +32,6 @@ class Sent:
     assignment: Assignment
     trained: frozenset[str]
     start: Mapping[str, Tensor] | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """What a selection learns from; see :class:`~gist.federated.selection.Report`."""
-
-    part: Part
-    losses: tuple[float, float]
 
 
 class GlobalModel:
