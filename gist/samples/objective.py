@@ -296,8 +296,8 @@ class SampleObjective:
                     "BatchNorm cannot be trained on a single sample: it has no variance",
                     got=f"batches of one sample, of which {path} sees one value per feature",
                     expected="at least two samples in every batch",
-                    remedy="a larger batch_size, fewer shards or clients, drop_last=True of a loader whose "
-                    "last batch is one sample; or LayerNorm",
+                    remedy="a larger batch_size, fewer shards or clients, drop_last=True of a "
+                    "loader whose last batch is one sample; or LayerNorm",
                 )
 
         norms = ((n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm))
