@@ -28,6 +28,7 @@ from gist.samples.outline import SampleShape
 from gist.trainer import SubnetTrainer
 
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "preact-resnet8": networks.preact_resnet8,
     "preact-resnet18": networks.preact_resnet18,
     "preact-resnet20": networks.preact_resnet20,
     "preact-resnet32": networks.preact_resnet32,
@@ -58,7 +59,9 @@ _MODELS = {
 _FITTING = {
     "ist": ("mlp",),
     "resist": tuple(
-        name for name in _NETWORKS if name.startswith("preact") and name != "preact-resnet18"
+        name
+        for name in _NETWORKS
+        if name.startswith("preact") and name not in ("preact-resnet8", "preact-resnet18")
     ),
     "loft": tuple(_NETWORKS),
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,18 @@ from gist.execution.objective import Objective
 from gist.execution.serial import SerialExecutor
 from gist.federated.client import clone, train_client
 from gist.federated.faults import garbled
+from gist.federated.global_model import Answer, GlobalModel, Kept, dealt
 from gist.federated.selection import Request
 from gist.federated.strategies import Strategy
 from gist.federated.timeline import Task, Timeline
 from gist.partition.assignment import Assignment
-from gist.partition.merging import Part, check_part
+from gist.partition.merging import Part
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import Selection, gather
 from gist.plan import RoundPlan
 
 _PATIENCE = 100
 """Answers in a row that may be refused before the run is given up."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """What a client sends back.
-
-    Attributes:
-        part: Its tensors.
-        losses: Of its first and its last local step.
-    """
-
-    part: Part
-    losses: tuple[float, float]
 
 
 class Server(SerialExecutor):
@@ -64,8 +52,8 @@ class Server(SerialExecutor):
             class numbers.
 
     Attributes:
+        global_model: What clients are sent parts of.
         events: What happened, in order, as JSON values.
-        covered: For each group ``[size]`` int64: how many merged answers held each unit.
     """
 
     name = "federated"
@@ -85,25 +73,11 @@ class Server(SerialExecutor):
         super().__init__(model, spec, objective, config)
         self.timeline, self.strategy = timeline, strategy
         self.weights, self.classes = weights, classes
+        self.global_model = GlobalModel(model, spec, strategy)
         self.events: list[dict[str, Any]] = []
-        self.covered = {g: torch.zeros(n, dtype=torch.int64) for g, n in spec.sizes.items()}
-        self._parameters = frozenset(name for name, _ in model.named_parameters())
         self._under_way: dict[int, Answer] = {}
-        self._selection_state: dict[str, Tensor] = {}
-        self._rule_state: dict[str, Tensor] = {}
-        self._initial: dict[str, Tensor] = {}
-        if strategy.selection.needs_initial:
-            self._initial = {n: t.detach().clone() for n, t in self.tensors.items()}
         self._refused, self._reason = 0, ""
         self._loss: float | None = None
-
-    def tensors_now(self) -> Mapping[str, Tensor]:
-        """The global parameters and buffers; see :class:`~gist.federated.selection.ServerView`."""
-        return self.tensors
-
-    def initial(self) -> Mapping[str, Tensor]:
-        """These as they were at the start."""
-        return self._initial
 
     def run_round(self, plan: RoundPlan, assignment: Assignment) -> RoundReport:
         """Sends the work that begins here, and merges the answers that come next.
@@ -112,7 +86,7 @@ class Server(SerialExecutor):
             DivergedError: so many answers in a row were refused that nothing will come of it.
         """
         del assignment  # says how many units clients hold; which is decided here
-        self.tensors = model_tensors(self.model)
+        self.tensors = self.global_model.tensors = model_tensors(self.model)
         started = self.timeline.started[plan.index]
         down = sum(self._send(self.timeline.tasks[n], plan.local_steps) for n in started)
         merge = self.timeline.merges[plan.index]
@@ -131,7 +105,7 @@ class Server(SerialExecutor):
         if losses:
             self._loss = sum(losses) / len(losses)
         if parts:
-            self.strategy.rule.merge(self.tensors, self.spec, parts, self._rule_state)
+            self.global_model.merge(parts)
         elif self._refused >= _PATIENCE:
             raise DivergedError(
                 f"the last {self._refused} answers of clients were refused",
@@ -155,25 +129,21 @@ class Server(SerialExecutor):
 
     def _train_client(self, task: Task, steps: int) -> Answer:
         request, strategy = task.request, self.strategy
-        held = strategy.selection.select(self.spec.sizes, request, self, self._selection_state)
-        assignment = Assignment(
-            round=request.merges,
-            sizes=self.spec.sizes,
-            held={group: (units,) for group, units in held.items()},
-        )
+        assignment = self.global_model.deal(request)
+        trained = self.global_model.trained(request, assignment)
+        returned = self.global_model.returned(request, assignment)
         program = self._program(assignment, range(1))
         selection = Selection(self.spec, assignment, 0)
         with torch.no_grad():
             for name, own in program.tensors.items():
                 index = selection.index(self.spec.layouts[name])
                 gather(self.tensors[name].detach(), index, out=own[0])
-        names = self._trained_by(request, program.parameters)
-        start = clone(program.parts()[0]) if self._needs_start else None
+        start = clone(program.parts()[0]) if self.global_model.needs_start else None
         classes = self._classes_of(request.client) if strategy.masked_outputs else None
         losses = train_client(
             program,
             self.objective,
-            {name: t if name in names else t.detach() for name, t in self.tensors.items()},
+            {name: t if name in trained else t.detach() for name, t in self.tensors.items()},
             client=request.client,
             own=request.own,
             steps=steps,
@@ -183,9 +153,7 @@ class Server(SerialExecutor):
         )
         part = Part(
             assignment=assignment,
-            tensors=clone(
-                {n: t for n, t in program.parts()[0].items() if self._comes_back(n, names)}
-            ),
+            tensors=clone({n: t for n, t in program.parts()[0].items() if n in returned}),
             start=start,
             weight=self.weights[request.client],
             staleness=self.timeline.staleness(task.number),
@@ -198,38 +166,19 @@ class Server(SerialExecutor):
         if answer is None:
             self._log(task.finish, "repeated" if task.answers else "lost", task)
             return None
-        part = answer.part
         if task.fate == "corrupt":
-            part = garbled(part, seed=self.config.seed, task=task.number)
+            garbage = garbled(answer.part, seed=self.config.seed, task=task.number)
+            answer = replace(answer, part=garbage)
         try:
-            held = Selection(self.spec, part.assignment, 0)
-            sent = [name for name, lay in self.spec.layouts.items() if held.holds(lay)]
-            names = self._trained_by(task.request, [n for n in sent if n in self._parameters])
-            wanted = [name for name in sent if self._comes_back(name, names)]
-            check_part(part, self.spec, names=wanted, like=self.tensors)
+            self.global_model.take(task.request, answer)
         except PartitionError as error:
             self._refused, self._reason = self._refused + 1, str(error)
             self._log(time, "refused", task, reason=self._reason)
             return None
         self._refused = 0
-        self._log(time, "merged", task, loss=answer.losses[1], staleness=part.staleness)
-        for group, (units,) in part.assignment.held.items():
-            self.covered[group][units] += 1
-        self.strategy.selection.observe(task.request, answer, self, self._selection_state)
-        return part
-
-    def _trained_by(self, request: Request, parameters: Iterable[str]) -> frozenset[str]:
-        """Those of the parameters that a client is sent which it trains."""
-        wanted = [name for name in parameters if self.tensors[name].requires_grad]
-        return self.strategy.selection.trained(wanted, request)
-
-    def _comes_back(self, name: str, trained: frozenset[str]) -> bool:
-        """Whether a tensor is part of an answer: what was trained, and all that is no parameter."""
-        return name in trained or name not in self._parameters
-
-    @property
-    def _needs_start(self) -> bool:
-        return self.strategy.rule.needs_start or self.strategy.selection.needs_start
+        stale = answer.part.staleness
+        self._log(time, "merged", task, loss=answer.losses[1], staleness=stale)
+        return answer.part
 
     def _classes_of(self, client: int) -> Tensor | None:
         return None if self.classes is None else self.classes[client].nonzero()[:, 0]
@@ -263,21 +212,16 @@ class Server(SerialExecutor):
             out |= {f"{kind}//{name}": tensor for name, tensor in tensors.items()}
         return {name: tensor.contiguous() for name, tensor in out.items()}
 
-    def _kept(self) -> dict[str, dict[str, Tensor]]:
+    def _kept(self) -> Kept:
         last = float("nan") if self._loss is None else self._loss
-        return {
-            "selection": self._selection_state,
-            "rule": self._rule_state,
-            "initial": self._initial,
-            "covered": self.covered,
-            "server": {"last": torch.tensor([last, self._refused], dtype=torch.float64)},
-        }
+        own = {"last": torch.tensor([last, self._refused], dtype=torch.float64)}
+        return {**self.global_model.kept(), "server": own}
 
     def read_state(self, paths: Sequence[Path]) -> None:
         """Takes what :meth:`state_dict` gave, from a file."""
         (path,) = paths
         tasks: dict[int, dict[str, dict[str, Tensor]]] = {}
-        kept: dict[str, dict[str, Tensor]] = {name: {} for name in self._kept()}
+        kept: Kept = {name: {} for name in self._kept()}
         with safe_open(path, "pt", device=str(self.device)) as file:
             for key in file.keys():  # noqa: SIM118
                 kind, rest = key.split("/", 1)
@@ -288,24 +232,18 @@ class Server(SerialExecutor):
                     )
                 else:
                     kept[kind][rest.removeprefix("/")] = file.get_tensor(key)
-        self._selection_state, self._rule_state = kept["selection"], kept["rule"]
-        self._initial = kept["initial"]
-        self.covered = {name: t.cpu() for name, t in kept["covered"].items()}
+        self.global_model.restore(kept)
         last, refused = kept["server"]["last"].tolist()
         self._loss, self._refused = None if last != last else last, int(refused)
         self._under_way = {number: self._answer(number, found) for number, found in tasks.items()}
 
     def _answer(self, number: int, found: Mapping[str, Mapping[str, Tensor]]) -> Answer:
         request = self.timeline.tasks[number].request
-        assignment = Assignment(
-            round=request.merges,
-            sizes=self.spec.sizes,
-            held={group: (units.cpu(),) for group, units in found.get("unit", {}).items()},
-        )
+        units = {group: held.cpu() for group, held in found.get("unit", {}).items()}
         first, last = found["losses"][""].tolist()
         masked = self.strategy.masked_outputs
         part = Part(
-            assignment=assignment,
+            assignment=dealt(self.spec, request, units),
             tensors=found["tensor"],
             start=found.get("start"),
             weight=self.weights[request.client],

@@ -380,7 +380,7 @@ class FederatedTrainer(SubnetTrainer):
         done = len(self.history)
         merged = [event for event in self.server.events if event["event"] == "merged"]
         staleness, per_client = _counts(merged, "staleness"), _counts(merged, "client")
-        last = self.history[-1]
+        last, covered = self.history[-1], self.server.global_model.covered
         with self._as_found():
             own = self.clients.metrics(self.model.eval())
         return {
@@ -390,7 +390,7 @@ class FederatedTrainer(SubnetTrainer):
             "bytes_up": last.bytes_received,
             "staleness": staleness,
             "merges_per_client": [per_client.get(i, 0) for i in range(self.federated.clients)],
-            "least_coverage": {g: int(n.min()) for g, n in self.server.covered.items()},
+            "least_coverage": {group: int(times.min()) for group, times in covered.items()},
             "events": _counts(self.server.events, "event"),
             "client_metric": own,
         }

@@ -11,6 +11,7 @@ from gist.nn.mlp import MLP
 from gist.nn.models import GAT, GCN, GraphSAGE
 from gist.nn.resnet import (
     PreActResNet,
+    preact_resnet8,
     preact_resnet18,
     preact_resnet20,
     preact_resnet32,
@@ -33,6 +34,7 @@ __all__ = [
     "PreActResNet",
     "SAGEConcatConv",
     "SAGEConv",
+    "preact_resnet8",
     "preact_resnet18",
     "preact_resnet20",
     "preact_resnet32",

@@ -199,6 +199,11 @@ def preact_resnet18(num_classes: int = 10, width: int = 64, **kwargs: Any) -> Pr
     return _doubling(width, (2, 2, 2, 2), block="basic", num_classes=num_classes, **kwargs)
 
 
+def preact_resnet8(num_classes: int = 10, width: int = 16, **kwargs: Any) -> PreActResNet:
+    """Three stages of one basic block, ``width`` to 4 ``width`` wide: for small devices."""
+    return _doubling(width, (1, 1, 1), block="basic", num_classes=num_classes, **kwargs)
+
+
 def preact_resnet20(num_classes: int = 10, width: int = 16, **kwargs: Any) -> PreActResNet:
     """Three stages of 3 basic blocks, ``width`` to 4 ``width`` wide: He et al.'s smallest."""
     return _doubling(width, (3, 3, 3), block="basic", num_classes=num_classes, **kwargs)

@@ -190,9 +190,13 @@ class Bernoulli(Sampler):
         if not 0.0 < self.keep <= 1.0:
             raise ConfigError("keep must be a probability above 0", got=self.keep)
 
+    def masks(self, size: int, num_subnets: int, generator: Generator) -> Tensor:
+        """What is drawn, before any subnet is given a unit: ``[num_subnets, size]`` bool."""
+        return torch.rand(num_subnets, size, generator=generator) < self.keep
+
     def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
         """See :meth:`Sampler.deal`."""
-        masks = torch.rand(num_subnets, size, generator=generator) < self.keep
+        masks = self.masks(size, num_subnets, generator)
         return [_top_up(mask.nonzero()[:, 0], 1, size, generator) for mask in masks]
 
 
@@ -211,8 +215,25 @@ class Categorical(Sampler):
         if not fits:
             raise ConfigError("p must be probabilities that sum to 1", got=self.p)
 
+    def masks(self, size: int, num_subnets: int, generator: Generator) -> Tensor:
+        """What is drawn, before any subnet takes a unit: ``[num_subnets, size]`` bool.
+
+        Raises:
+            PartitionError: another number of probabilities than subnets.
+        """
+        owner = self._owners(size, num_subnets, generator)
+        return owner == torch.arange(num_subnets)[:, None]
+
     def deal(self, size: int, num_subnets: int, generator: Generator) -> list[Tensor]:
         """See :meth:`Sampler.deal`."""
+        owner = self._owners(size, num_subnets, generator)
+        for subnet in range(num_subnets):
+            if not bool((owner == subnet).any()):
+                richest = torch.bincount(owner, minlength=num_subnets).argmax()
+                owner[(owner == richest).nonzero()[0]] = subnet
+        return [(owner == subnet).nonzero()[:, 0] for subnet in range(num_subnets)]
+
+    def _owners(self, size: int, num_subnets: int, generator: Generator) -> Tensor:
         if self.p is not None and len(self.p) != num_subnets:
             raise PartitionError(
                 "Categorical needs one probability per subnet",
@@ -220,12 +241,7 @@ class Categorical(Sampler):
                 expected=f"{num_subnets}",
             )
         weights = torch.ones(num_subnets) if self.p is None else torch.tensor(self.p)
-        owner = torch.multinomial(weights, size, replacement=True, generator=generator)
-        for subnet in range(num_subnets):
-            if not bool((owner == subnet).any()):
-                richest = torch.bincount(owner, minlength=num_subnets).argmax()
-                owner[(owner == richest).nonzero()[0]] = subnet
-        return [(owner == subnet).nonzero()[:, 0] for subnet in range(num_subnets)]
+        return torch.multinomial(weights, size, replacement=True, generator=generator)
 
 
 def _top_up(units: Tensor, at_least: int, size: int, generator: Generator) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gist.errors import ConfigError
@@ -107,11 +106,7 @@ class Scheme:
             ``[p, m]`` bool.
         """
         generator = stream("assignment", seed, round, UNITS)
-        if isinstance(self.sampler, Bernoulli):
-            return torch.rand(self.num_subnets, width, generator=generator) < self.keep
-        weights = torch.ones(self.num_subnets)
-        owner = torch.multinomial(weights, width, replacement=True, generator=generator)
-        return owner == torch.arange(self.num_subnets)[:, None]
+        return self.sampler.masks(width, self.num_subnets, generator)
 
     def __str__(self) -> str:
         p, tau = self.num_subnets, self.local_steps

@@ -129,8 +129,8 @@ def test_a_run_that_is_resumed_is_the_same_bit_for_bit(digits, name, tmp_path):
     assert same_bits(bits_of(resumed), bits_of(whole))
     assert resumed.server.events == whole.server.events
     assert records_of(resumed) == records_of(whole)
-    for group, times in whole.server.covered.items():
-        assert torch.equal(resumed.server.covered[group], times)
+    for group, times in whole.server.global_model.covered.items():
+        assert torch.equal(resumed.server.global_model.covered[group], times)
 
 
 def test_a_checkpoint_of_another_strategy_is_refused(digits, tmp_path):
@@ -163,7 +163,7 @@ def test_what_a_client_did_not_hold_keeps_its_bits(digits):
     before = bits_of(trainer)
     trainer.fit()
     after = bits_of(trainer)
-    held = {group: times > 0 for group, times in trainer.server.covered.items()}
+    held = {group: times > 0 for group, times in trainer.server.global_model.covered.items()}
     rows, columns = held["hidden.1"], held["hidden.0"]
     assert 0 < int(rows.sum()) < len(rows)
     name = next(n for n, t in after.items() if tuple(t.shape) == (24, 24))
@@ -242,7 +242,7 @@ def test_hetero_selection_looks_at_what_moved(digits):
         dataclasses.replace(request, rank=rank)
         for request, rank in zip(requests, (0, CLIENTS - 1), strict=True)
     )
-    selection, server = trainer.strategy.selection, trainer.server
+    selection, server = trainer.strategy.selection, trainer.server.global_model
     of_fast = selection.select(trainer.spec.sizes, fast, server, {})
     of_slow = selection.select(trainer.spec.sizes, slow, server, {})
     moved = gist.partition.scores.unit_changes(server.tensors_now(), server.initial(), trainer.spec)

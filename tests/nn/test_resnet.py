@@ -76,6 +76,7 @@ def test_the_stem_for_large_images_divides_height_and_width_by_four():
 
 BOTTLENECK = (2 * 1024 * 256 + 9 * 256**2 + 2 * (1024 + 2 * 256)) / 1e6  # of the third stage
 SIZES = {  # millions of parameters at 10 classes, and the blocks
+    "preact_resnet8": (0.078, [1, 1, 1]),
     "preact_resnet18": (11.17, [2, 2, 2, 2]),
     "preact_resnet20": (0.27, [3, 3, 3]),
     "preact_resnet34": (21.28, [3, 4, 6, 3]),

@@ -8,22 +8,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gist.config import TrainConfig, learning_rate_factor
 from gist.errors import DataError, GistError, WorkerLostError
 from gist.federated.flower.deployment import Deployment
-from gist.federated.flower.global_model import GlobalModel, Sent
 from gist.federated.flower.ledger import Evaluate, Ledger
 from gist.federated.flower.link import Link, Reply
 from gist.federated.flower.messages import Outcome, Records, Work, fingerprint
 from gist.federated.flower.roster import Client, Roster
+from gist.federated.global_model import Answer, GlobalModel
 from gist.federated.selection import Request
 from gist.federated.strategies import make_strategy
 from gist.history import RoundRecord, TrainResult
+from gist.partition.assignment import Assignment
 from gist.partition.merging import Part
 from gist.partition.spec import model_tensors
-from gist.partition.transfer import held_entries
+from gist.partition.transfer import extract, held_entries
 from gist.partition.wiring import Wiring, partition_spec
 
 _TOLD = ("optimizer", "lr", "weight_decay", "clip_norm", "precision", "width_correction")
@@ -45,7 +46,9 @@ class _Flight:
 
     Attributes:
         client: Who was sent it.
-        sent: What.
+        request: What was known.
+        assignment: The units that were sent.
+        start: What was sent, where the strategy asks for it.
         rate: Factor on the base learning rate.
         share: Of the model's entries that it holds.
         most_bytes: Largest answer that is read.
@@ -53,7 +56,9 @@ class _Flight:
     """
 
     client: Client
-    sent: Sent
+    request: Request
+    assignment: Assignment
+    start: Mapping[str, Tensor] | None
     rate: float
     share: float
     most_bytes: int
@@ -184,7 +189,7 @@ class Coordinator:
         for message in [m for m, f in self._flying.items() if now >= f.until]:
             flight = self._flying.pop(message)
             self._given_up[message] = replace(flight, until=now + self.deployment.timeout)
-            self.ledger.log("lost", flight.client.number, task=flight.sent.request.task)
+            self.ledger.log("lost", flight.client.number, task=flight.request.task)
 
     def _fill(self) -> None:
         """Sends work to as many clients as may be at work and are idle."""
@@ -213,8 +218,9 @@ class Coordinator:
             progress=self._progress(),
             seed=self.config.seed,
         )
-        sent, tensors = self._global.cut(request)
-        records = self._work(sent, tensors).pack()
+        assignment = self._global.deal(request)
+        tensors = extract(self._global.tensors, self.spec, assignment, 0)
+        records = self._work(request, assignment, tensors).pack()
         self._tasks += 1
         message = self.link.send(
             client.node,
@@ -230,7 +236,9 @@ class Coordinator:
         layouts = self.spec.layouts.values()
         self._flying[message] = _Flight(
             client=client,
-            sent=sent,
+            request=request,
+            assignment=assignment,
+            start=tensors if self._global.needs_start else None,
             rate=self._factor,
             share=sum(t.numel() for t in tensors.values())
             / sum(math.prod(layout.shape) for layout in layouts),
@@ -239,8 +247,10 @@ class Coordinator:
         )
         self.ledger.log("sent", client.number, task=request.task, bytes=records.nbytes)
 
-    def _work(self, sent: Sent, tensors: Mapping[str, Any]) -> Work:
-        request, config = sent.request, self.config
+    def _work(
+        self, request: Request, assignment: Assignment, tensors: Mapping[str, Tensor]
+    ) -> Work:
+        config = self.config
         told = {name: getattr(config, name) for name in _TOLD}
         return Work(
             client=request.client,
@@ -253,8 +263,8 @@ class Coordinator:
             masked_outputs=self.strategy.masked_outputs,
             model=self._fingerprint,
             settings={name: value for name, value in told.items() if value is not None},
-            trained=tuple(sorted(sent.trained)),
-            units={group: units for group, (units,) in sent.assignment.held.items()},
+            trained=tuple(sorted(self._global.trained(request, assignment))),
+            units={group: units for group, (units,) in assignment.held.items()},
             tensors=tensors,
         )
 
@@ -273,12 +283,12 @@ class Coordinator:
         self._bytes_received += reply.nbytes
         if (flight := self._given_up.pop(reply.message, None)) is not None:
             if reply.read is not None:
-                self.ledger.log("late", flight.client.number, task=flight.sent.request.task)
+                self.ledger.log("late", flight.client.number, task=flight.request.task)
             return
         if (flight := self._flying.pop(reply.message, None)) is None:
             self.ledger.log("repeated", None, message=reply.message)
             return
-        client, task = flight.client, flight.sent.request.task
+        client, task = flight.client, flight.request.task
         if reply.read is None and reply.node != client.node:
             self.ledger.log("lost", client.number, task=task, reason=str(reply.error)[:_LONGEST])
         elif reply.read is None:
@@ -286,11 +296,23 @@ class Coordinator:
         else:
             try:
                 outcome = Outcome.unpack(_read(reply, flight))
-                part = self._global.take(flight.sent, outcome, merges=self._merges)
+                part = self._part(flight, outcome)
+                answer = Answer(part=part, losses=outcome.losses)
+                self._global.take(flight.request, answer)
             except GistError as error:
                 self._take_note("refused", client, task, str(error))
             else:
                 self._keep(flight, outcome, part, reply.nbytes)
+
+    def _part(self, flight: _Flight, outcome: Outcome) -> Part:
+        return Part(
+            assignment=flight.assignment,
+            tensors=outcome.tensors,
+            start=flight.start,
+            weight=outcome.samples,
+            staleness=self._merges - flight.request.merges,
+            classes=outcome.classes,
+        )
 
     def _take_note(self, event: str, client: Client, task: int, reason: str) -> None:
         """Of something that is of no use: its client rests.
@@ -322,7 +344,7 @@ class Coordinator:
         self.ledger.log(
             "merged",
             client.number,
-            task=flight.sent.request.task,
+            task=flight.request.task,
             loss=outcome.losses[1],
             staleness=part.staleness,
             bytes=nbytes,
