@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, require_count
 from gist.partition.samplers import DisjointUniform, Proportional, Sampler
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -131,10 +131,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._normalize()
         for name in ("local_steps", "eval_every"):
-            _require_count(name, getattr(self, name))
+            require_count(name, getattr(self, name))
         for name in ("rounds", "early_stopping", "checkpoint_every"):
             if getattr(self, name) is not None:
-                _require_count(name, getattr(self, name))
+                require_count(name, getattr(self, name))
         for name in ("lr", "worker_timeout", "clip_norm", "epochs"):
             value, required = getattr(self, name), name in ("lr", "worker_timeout")
             if (value is not None or required) and not (_is_number(value) and value > 0):
@@ -227,7 +227,7 @@ class TrainConfig:
 
     def _check_subnets(self) -> None:
         if isinstance(self.num_subnets, int):
-            _require_count("num_subnets", self.num_subnets)
+            require_count("num_subnets", self.num_subnets)
             return
         try:
             phases = tuple((float(share), operator.index(m)) for share, m in self.num_subnets)
@@ -304,7 +304,7 @@ class GraphConfig:
             if value is not None and not isinstance(value, bool) and hasattr(value, "__index__"):
                 object.__setattr__(self, name, operator.index(value))
             if name == "clusters_per_batch" or value is not None:
-                _require_count(name, getattr(self, name))
+                require_count(name, getattr(self, name))
         _require_choice("evaluation", self.evaluation, EVALUATIONS)
         if not isinstance(self.inductive, bool):
             raise ConfigError("inductive must be True or False", got=repr(self.inductive))
@@ -360,7 +360,7 @@ class SampleConfig:
             if value is not None and not isinstance(value, bool) and hasattr(value, "__index__"):
                 object.__setattr__(self, name, operator.index(value))
             if value is not None or name not in optional:
-                _require_count(name, getattr(self, name))
+                require_count(name, getattr(self, name))
         if not isinstance(self.shards, bool):
             raise ConfigError("shards must be True or False", got=repr(self.shards))
 
@@ -376,8 +376,9 @@ class FederatedConfig:
     Attributes:
         clients: How many there are.
         in_flight: How many work at a time; for a synchronous strategy, its cohort.
-        split: Who has which data: ``"label-shards"``, ``"dirichlet"`` or ``"iid"``; for a graph,
-            of the labels of its nodes, or ``"clusters"`` that METIS cuts; or a
+        split: Who has which data: ``"label-shards"`` (two each; ``"label-shards:5"``: five),
+            ``"dirichlet"`` (α = 0.5; ``"dirichlet:0.1"``) or ``"iid"``; for a graph, of the labels
+            of its nodes, or ``"clusters"`` that METIS cuts; or a
             :class:`~gist.federated.splits.Split`.
         fleet: How fast clients are: ``"lognormal"``, ``"uniform"``, ``"asyncdrop"``, or a
             :class:`~gist.federated.fleet.Fleet`.
@@ -407,7 +408,7 @@ class FederatedConfig:
             value = getattr(self, name)
             if not isinstance(value, bool) and hasattr(value, "__index__"):
                 object.__setattr__(self, name, operator.index(value))
-            _require_count(name, getattr(self, name))
+            require_count(name, getattr(self, name))
         if self.in_flight > self.clients:
             raise ConfigError(
                 "more clients cannot be at work than there are",
@@ -523,11 +524,6 @@ def _name_of(function: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1", got=repr(value))
 
 
 def _require_choice(

@@ -55,3 +55,13 @@ class WorkerLostError(GistError, RuntimeError):
 
 class MissingDependencyError(GistError, ImportError):
     """An optional package is needed and not installed."""
+
+
+def require_count(name: str, value: Any) -> None:
+    """Refuses what is no number of things.
+
+    Raises:
+        ConfigError: a value below 1, or no whole number.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1", got=repr(value))

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="cifar10", choices=["cifar10", "mnist"])
     parser.add_argument("--model", default="preact-resnet18")
     parser.add_argument("--hidden", type=int, default=8, help="width of the first stage, or an MLP")
+    parser.add_argument("--norm", default="batch", help="layer: alike for all clients")
     parser.add_argument("--train-size", type=int, help="training images; all by default")
     parser.add_argument(
         "--strategies",
@@ -88,6 +89,7 @@ def main() -> None:
         settings={
             "model": parsed.model,
             "hidden": parsed.hidden,
+            "norm": parsed.norm,
             "local_steps": parsed.local_steps or 20,
             "batch_size": parsed.batch_size,
             "lr": parsed.lr,

@@ -224,7 +224,7 @@ def build_model(
         hidden: Width of every hidden layer, 1,024 by default; of the first stage of a convolutional
             network, whose other stages keep their ratio to it.
         layers: Linear layers of an MLP, 2 by default.
-        norm: Of an MLP: ``"batch"``, ``"layer"`` or None.
+        norm: Of an MLP ``"batch"``, ``"layer"`` or None; of a residual network one of the former.
         dropout: Of an MLP.
         seed: See above.
 
@@ -250,9 +250,14 @@ def build_model(
                 norm=norm,  # type: ignore[arg-type]  # checked there
                 input="bag" if data.is_sparse else "dense",
             )
-        unused = {"layers": layers, "dropout": dropout or None, "norm": norm != "batch" or None}
+        unused = {"layers": layers, "dropout": dropout or None}
         if refused := [name for name, value in unused.items() if value is not None]:
             raise ConfigError(f"only an mlp has {', '.join(refused)}", got=f"model={model!r}")
+        more: dict[str, Any] = {} if hidden is None else {"width": hidden}
+        if model.startswith("preact"):
+            more["norm"] = norm
+        elif norm != "batch":
+            raise ConfigError("a VGG has batch norms", got=f"norm={norm!r}, model={model!r}")
         if len(shape) != 3:
             raise ConfigError(
                 f"{model} takes images",
@@ -260,5 +265,4 @@ def build_model(
                 expected="[channels, height, width]",
                 remedy="use model='mlp'",
             )
-        scale = {} if hidden is None else {"width": hidden}
-        return _NETWORKS[model](classes, in_channels=shape[0], **scale)
+        return _NETWORKS[model](classes, in_channels=shape[0], **more)

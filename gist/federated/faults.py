@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from gist.partition.merging import Part
+from gist.partition.parts import Part
 from gist.partition.streams import stream
 
 

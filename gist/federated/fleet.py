@@ -22,6 +22,9 @@ class ClientProfile:
         upload: Bytes per second to the server.
         available: Share of the time in which it can be sent work; it finishes what it has begun.
         period: Seconds from one time that it comes to the next.
+
+    Raises:
+        ConfigError: a value that cannot be used.
     """
 
     step_seconds: float = 1.0
@@ -34,6 +37,9 @@ class ClientProfile:
         for name in ("step_seconds", "download", "upload", "period"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive", got=getattr(self, name))
+        for name in ("step_seconds", "period"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be finite", got=getattr(self, name))
         if not 0 < self.available <= 1:
             raise ConfigError("available must be a share above 0", got=self.available)
 
@@ -66,11 +72,12 @@ class Fleet:
         if not self.profiles:
             raise ConfigError("a fleet needs a client")
         chances = (self.lost, self.repeated, self.corrupt)
-        if min(chances) < 0 or sum(chances) > 1 or self.lost == 1:
+        each_is = all(0 <= chance <= 1 for chance in chances)
+        if not each_is or sum(chances) > 1 + 1e-9 or self.lost + self.corrupt >= 1:
             raise ConfigError(
                 "lost, repeated and corrupt must be probabilities that sum to 1 at most",
                 got=chances,
-                expected="some clients that answer",
+                expected="some sound answers",
             )
 
     def __len__(self) -> int:
@@ -159,6 +166,6 @@ def make_fleet(fleet: str | Fleet, clients: int, seed: int) -> Fleet:
                 "the fleet has another number of clients", got=len(fleet), expected=clients
             )
         return fleet
-    if fleet not in FLEETS:
+    if not isinstance(fleet, str) or fleet not in FLEETS:
         raise ConfigError("unknown fleet", got=repr(fleet), expected=" or ".join(FLEETS))
     return FLEETS[fleet](clients, seed=seed)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from gist.errors import PartitionError
 from gist.federated.selection import Request
 from gist.federated.strategies import Strategy
 from gist.partition.assignment import Assignment
-from gist.partition.merging import Part, check_part
+from gist.partition.parts import Part, check_part, output_layer
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import Selection
 
@@ -43,6 +45,9 @@ class GlobalModel:
     Attributes:
         tensors: The global parameters and buffers by full name.
         covered: For each group ``[size]`` int64: how many sound answers held each unit.
+
+    Raises:
+        PartitionError: outputs are masked, and the model has no layer with a row for each.
     """
 
     def __init__(self, model: nn.Module, spec: PartitionSpec, strategy: Strategy) -> None:
@@ -53,6 +58,8 @@ class GlobalModel:
         self._selection_state: dict[str, Tensor] = {}
         self._rule_state: dict[str, Tensor] = {}
         self._initial: dict[str, Tensor] = {}
+        if strategy.masked_outputs:
+            output_layer(spec)  # there must be one
         if strategy.selection.needs_initial:
             self._initial = {n: t.detach().clone() for n, t in self.tensors.items()}
 
@@ -93,6 +100,8 @@ class GlobalModel:
         Raises:
             PartitionError: it does not fit what was sent, or would do harm.
         """
+        if not math.isfinite(answer.losses[1]):
+            raise PartitionError("the loss behind an update is no number", got=answer.losses[1])
         names = self.returned(request, answer.part.assignment)
         check_part(answer.part, self.spec, names=names, like=self.tensors)
         for group, (units,) in answer.part.assignment.held.items():

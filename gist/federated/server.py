@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gist.config import TrainConfig
-from gist.errors import DivergedError, PartitionError
+from gist.errors import ConfigError, DivergedError, PartitionError
 from gist.execution.executor import RoundReport
 from gist.execution.objective import Objective
 from gist.execution.serial import SerialExecutor
@@ -24,13 +23,13 @@ from gist.federated.selection import Request
 from gist.federated.strategies import Strategy
 from gist.federated.timeline import Task, Timeline
 from gist.partition.assignment import Assignment
-from gist.partition.merging import Part
+from gist.partition.parts import Part
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import Selection, gather
 from gist.plan import RoundPlan
 
-_PATIENCE = 100
-"""Answers in a row that may be refused before the run is given up."""
+_PATIENCE = 20
+"""Answers in a row that may be refused, though no garbage, before the run is given up."""
 
 
 class Server(SerialExecutor):
@@ -53,7 +52,11 @@ class Server(SerialExecutor):
 
     Attributes:
         global_model: What clients are sent parts of.
-        events: What happened, in order, as JSON values.
+        events: What happened, as JSON values: merge by merge, and of each in order of time.
+
+    Raises:
+        ConfigError: outputs are masked, and labels are no class numbers.
+        PartitionError: the strategy cannot train the model.
     """
 
     name = "federated"
@@ -71,6 +74,11 @@ class Server(SerialExecutor):
         classes: Tensor | None,
     ) -> None:
         super().__init__(model, spec, objective, config)
+        if strategy.masked_outputs and classes is None:
+            raise ConfigError(
+                "outputs can be masked only where labels are class numbers",
+                remedy="a strategy without masked_outputs",
+            )
         self.timeline, self.strategy = timeline, strategy
         self.weights, self.classes = weights, classes
         self.global_model = GlobalModel(model, spec, strategy)
@@ -83,9 +91,11 @@ class Server(SerialExecutor):
         """Sends the work that begins here, and merges the answers that come next.
 
         Raises:
-            DivergedError: so many answers in a row were refused that nothing will come of it.
+            DivergedError: so many answers in a row were refused that nothing will come of it, or
+                none was merged in the whole run.
         """
         del assignment  # says how many units clients hold; which is decided here
+        before = len(self.events)
         self.tensors = self.global_model.tensors = model_tensors(self.model)
         started = self.timeline.started[plan.index]
         down = sum(self._send(self.timeline.tasks[n], plan.local_steps) for n in started)
@@ -97,18 +107,19 @@ class Server(SerialExecutor):
             task = self.timeline.tasks[number]
             up += task.cost.upload * task.answers
             answer = self._under_way.pop(number, None) if task.answers else None
-            part = self._receive(task, answer, merge.time)
-            if answer is not None and math.isfinite(answer.losses[1]):
+            if answer is None:
+                self._log(task.finish, "repeated" if task.answers else "lost", task)
+            elif self._take(task, answer, merge.time):
+                parts.append(answer.part)
                 losses.append(answer.losses[1])
-            if part is not None:
-                parts.append(part)
-        if losses:
-            self._loss = sum(losses) / len(losses)
+        self.events[before:] = sorted(self.events[before:], key=lambda event: event["time"])
         if parts:
+            self._loss = sum(losses) / len(losses)
             self.global_model.merge(parts)
-        elif self._refused >= _PATIENCE:
+        nothing = self._loss is None and plan.index == len(self.timeline.merges) - 1
+        if not parts and (self._refused >= _PATIENCE or nothing):
             raise DivergedError(
-                f"the last {self._refused} answers of clients were refused",
+                f"the last {self._refused} answers of clients were refused, none of them garbage",
                 got=self._reason,
                 remedy="lower lr, set clip_norm, or use a model with normalisation",
             )
@@ -161,24 +172,22 @@ class Server(SerialExecutor):
         )
         return Answer(part=part, losses=losses)
 
-    def _receive(self, task: Task, answer: Answer | None, time: float) -> Part | None:
-        """What of an answer can be merged; says what became of it."""
-        if answer is None:
-            self._log(task.finish, "repeated" if task.answers else "lost", task)
-            return None
+    def _take(self, task: Task, answer: Answer, time: float) -> bool:
+        """Whether an answer can be merged, at ``time``; says what became of it."""
         if task.fate == "corrupt":
             garbage = garbled(answer.part, seed=self.config.seed, task=task.number)
             answer = replace(answer, part=garbage)
         try:
             self.global_model.take(task.request, answer)
         except PartitionError as error:
-            self._refused, self._reason = self._refused + 1, str(error)
-            self._log(time, "refused", task, reason=self._reason)
-            return None
+            if task.is_sound:
+                self._refused, self._reason = self._refused + 1, str(error)
+            self._log(task.finish, "refused", task, reason=str(error))
+            return False
         self._refused = 0
         stale = answer.part.staleness
         self._log(time, "merged", task, loss=answer.losses[1], staleness=stale)
-        return answer.part
+        return True
 
     def _classes_of(self, client: int) -> Tensor | None:
         return None if self.classes is None else self.classes[client].nonzero()[:, 0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gist.errors import ConfigError, DataError
+from gist.errors import ConfigError, DataError, require_count
 from gist.partition.streams import stream_seed
 
 _DRAWS = 100
 """How often, at most, a split is drawn until every client has enough samples."""
 
 Numbers = NDArray[np.int64]
-
-
-def _require_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1", got=repr(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +38,7 @@ class Split(ABC):
     min_samples: int = 1
 
     def __post_init__(self) -> None:
-        _require_count("min_samples", self.min_samples)
+        require_count("min_samples", self.min_samples)
 
     def split(self, labels: Tensor, num_clients: int, *, seed: int) -> tuple[Tensor, ...]:
         """The samples of every client: a function of the arguments alone.
@@ -62,7 +57,7 @@ class Split(ABC):
             ConfigError: some client would have fewer samples than ``min_samples``.
             DataError: labels that the rule cannot go by.
         """
-        _require_count("num_clients", num_clients)
+        require_count("num_clients", num_clients)
         if len(labels) < num_clients * self.min_samples:
             raise self._too_few(len(labels), num_clients, len(labels) // num_clients)
         generator = np.random.default_rng(stream_seed("clients", seed))
@@ -111,7 +106,7 @@ class LabelShards(Split):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_count("per_client", self.per_client)
+        require_count("per_client", self.per_client)
 
     def deal(self, labels: Tensor, num_clients: int, generator: np.random.Generator) -> Numbers:
         """See :meth:`Split.deal`."""
@@ -251,17 +246,39 @@ SPLITS: Mapping[str, Split] = {
 """Splits by name."""
 
 
+_NUMBERS: Mapping[str, tuple[str, type]] = {
+    "dirichlet": ("alpha", float),
+    "label-shards": ("per_client", int),
+}
+"""What a number behind the name of a split is."""
+
+
 def make_split(split: str | Split) -> Split:
     """A split by name, or the given one.
 
+    A number may follow the name: of label shards how many a client has, ``"label-shards:5"``; of
+    the Dirichlet split its α, ``"dirichlet:0.1"``.
+
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or a number that the split cannot have.
     """
     if isinstance(split, Split):
         return split
-    if split not in SPLITS:
+    name, colon, number = split.partition(":") if isinstance(split, str) else ("", "", "")
+    if name not in SPLITS:
         raise ConfigError("unknown split", got=repr(split), expected=" or ".join(SPLITS))
-    return SPLITS[split]
+    if not colon:
+        return SPLITS[name]
+    if name not in _NUMBERS:
+        raise ConfigError("this split has no number", got=repr(split), expected=name)
+    setting, kind = _NUMBERS[name]
+    try:
+        value = kind(number)
+    except ValueError as error:
+        raise ConfigError(
+            f"a split's {setting} cannot be read", got=repr(split), expected=f"{name}:NUMBER"
+        ) from error
+    return replace(SPLITS[name], **{setting: value})
 
 
 def in_turn(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, require_count
 from gist.federated.selection import (
     AdaptiveDropout,
     FederatedPruning,
@@ -41,7 +42,7 @@ class Strategy:
         per_merge: Answers that an asynchronous server waits for before it merges them.
         proximal: µ of FedProx: clients are drawn back to where they started.
         masked_outputs: Whether outputs of classes that a client has no samples of are 0 in its
-            loss (HeteroFL), and left out of its answer.
+            loss (HeteroFL), and are not merged from its answer.
     """
 
     selection: Selection = field(default_factory=Prefix)
@@ -56,13 +57,14 @@ class Strategy:
         levels = self.levels
         if not levels or not all(0 < level <= 1 for level in levels):
             raise ConfigError("capacity must be shares in (0, 1]", got=self.capacity)
-        if self.per_merge < 1 or (self.synchronous and self.per_merge != 1):
+        require_count("per_merge", self.per_merge)
+        if self.synchronous and self.per_merge != 1:
             raise ConfigError(
-                "per_merge must be at least 1, and is for asynchronous servers",
-                got=f"per_merge={self.per_merge}, synchronous={self.synchronous}",
+                "per_merge is for asynchronous servers; in_flight is the cohort",
+                got=f"per_merge={self.per_merge}, synchronous=True",
             )
-        if self.proximal < 0:
-            raise ConfigError("proximal must be 0 or more", got=self.proximal)
+        if not 0 <= self.proximal < math.inf:
+            raise ConfigError("proximal must be a number of at least 0", got=self.proximal)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -104,7 +106,9 @@ STRATEGIES: Mapping[str, Strategy] = {
         selection=UniformDrop(), rule=CountMean(), capacity=0.75, synchronous=True
     ),
     "afd": Strategy(selection=AdaptiveDropout(), rule=CountMean(), capacity=0.75, synchronous=True),
-    "helios": Strategy(selection=Helios(), rule=DataMean(), capacity=LEVELS, synchronous=True),
+    "helios": Strategy(
+        selection=Helios(), rule=DataMean(by="volume"), capacity=LEVELS, synchronous=True
+    ),
     "pvt": Strategy(selection=PartialTensors(), rule=CountMean(), capacity=0.5, synchronous=True),
     "fedselect": Strategy(
         selection=FedSelect(), rule=CohortDelta(), capacity=0.5, synchronous=True
@@ -129,6 +133,6 @@ def make_strategy(strategy: str | Strategy) -> Strategy:
     """
     if isinstance(strategy, Strategy):
         return strategy
-    if strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise ConfigError("unknown strategy", got=repr(strategy), expected=" or ".join(STRATEGIES))
     return STRATEGIES[strategy]

@@ -24,6 +24,9 @@ from gist.partition.streams import stream
 RETURNED = ("returned", "repeated", "corrupt")
 """Fates of tasks of which an answer comes."""
 
+_PATIENCE = 1000
+"""Tasks in a row that may end without a sound answer before the run is refused."""
+
 _DRAWS = 64
 """Clients drawn in vain before all of them are looked at."""
 
@@ -73,6 +76,11 @@ class Task:
         """Whether anything comes back."""
         return self.fate in RETURNED
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether what comes back is no garbage."""
+        return self.answers and self.fate != "corrupt"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
@@ -110,7 +118,7 @@ class Timeline:
 
     @cached_property
     def merged_at(self) -> dict[int, int]:
-        """The merge that each answered task belongs to."""
+        """The merge that each answered task belongs to; one of garbage, too."""
         return {
             number: index
             for index, merge in reversed([*enumerate(self.merges)])
@@ -126,10 +134,15 @@ class Timeline:
         """How many answers were how stale."""
         return dict(sorted(Counter(map(self.staleness, self.merged_at)).items()))
 
-    def merges_per_client(self, clients: int) -> list[int]:
-        """How many answers of each client were merged."""
-        counts = Counter(self.tasks[number].request.client for number in self.merged_at)
-        return [counts[client] for client in range(clients)]
+    @cached_property
+    def merged(self) -> tuple[tuple[int, ...], ...]:
+        """For each merge, the tasks whose answers it takes in, each once, as they came."""
+        found: list[list[int]] = [[] for _ in self.merges]
+        for index, merge in enumerate(self.merges):
+            for number in dict.fromkeys(merge.tasks):
+                if self.tasks[number].is_sound and self.merged_at[number] == index:
+                    found[index].append(number)
+        return tuple(map(tuple, found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +151,7 @@ class Protocol:
 
     Attributes:
         in_flight: Tasks that are under way at a time.
-        per_merge: Answers that the server waits for before it merges them.
+        per_merge: Sound answers that the server waits for before it merges them.
         synchronous: Send so many tasks at once, and wait for all of them.
         timeout: Seconds after which the server stops to wait for an answer; None for twice what
             the task takes.
@@ -177,13 +190,20 @@ def simulate(
         duration: Seconds of the clock.
 
     Raises:
-        ConfigError: nothing is merged within the budget.
+        ConfigError: nothing is merged within the budget, or no answers come any more.
     """
     spent = _Budget(merges=merges, duration=duration)
     clock = _Clock(fleet, protocol, cost, capacities, rate, spent, seed)
     clock.fill()
     while clock.queue and not spent.is_spent(len(clock.merges), clock.queue[0][0]):
         clock.advance()
+        if clock.in_vain >= _PATIENCE:
+            raise ConfigError(
+                f"of {clock.in_vain:,} tasks in a row none has a sound answer in time",
+                got=f"timeout={protocol.timeout}, lost={fleet.lost}, corrupt={fleet.corrupt}",
+                expected=f"the last would take {clock.tasks[-1].cost.seconds:.3g} seconds",
+                remedy="raise timeout, or lower local_steps or what goes wrong in the fleet",
+            )
     if not clock.merges:
         raise ConfigError(
             "no answer of a client comes within the budget",
@@ -237,6 +257,7 @@ class _Clock:
         self._own: Counter[int] = Counter()
         self._ended: list[int] = []
         self._heard = 0
+        self.in_vain = 0
 
     def advance(self) -> None:
         """The next event, and what follows from it."""
@@ -247,18 +268,21 @@ class _Clock:
 
     def _end(self, task: Task) -> None:
         self._ended.append(task.number)
-        client, rank = task.request.client, task.request.rank
+        client, leads = task.request.client, False
         if self._flying.get(client) == task.number:
             del self._flying[client]
-            if task.answers:
+            self.in_vain = 0 if task.is_sound else self.in_vain + 1
+            if task.is_sound:
                 self._heard += 1
-                if rank < min((self.ranks[other] for other in self._flying), default=math.inf):
-                    self.factor = self.rate(self._progress())
+                others = (self.ranks[other] for other in self._flying)
+                leads = task.request.rank < min(others, default=math.inf)
         cohort = self.protocol.synchronous
         complete = not self._flying if cohort else self._heard >= self.protocol.per_merge
         if complete and self._heard:
             self.merges.append(Merge(time=self.time, tasks=tuple(self._ended)))
             self._heard, self._ended = 0, []
+        if leads:
+            self.factor = self.rate(self._progress())
 
     def fill(self) -> None:
         """Sends work to as many clients as may be at work and are there."""
@@ -327,7 +351,7 @@ class _Clock:
         wait, client = min(waits, key=lambda each: each[0])
         if wait == 0:
             return client
-        if not any(number < 0 for _, number, _ in self.queue):
+        if not any(number < 0 and at <= self.time + wait for at, number, _ in self.queue):
             heapq.heappush(self.queue, (self.time + wait, -1, next(self._order)))
         return None
 

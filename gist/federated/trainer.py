@@ -206,14 +206,13 @@ class FederatedTrainer(SubnetTrainer):
             self.config = replace(config, eval_every=every)
         plans: list[RoundPlan] = []
         spent = 0.0
-        for index, merge in enumerate(self.timeline.merges):
-            answered = [n for n in dict.fromkeys(merge.tasks) if self.timeline.tasks[n].answers]
-            spent += len(answered) * steps / epoch
-            rate = self.timeline.tasks[answered[-1]].rate
+        for index, merged in enumerate(self.timeline.merged):
+            spent += len(merged) * steps / epoch
+            rate = self.timeline.tasks[merged[-1]].rate
             plans.append(
                 RoundPlan(
                     index=index,
-                    num_subnets=len(answered),
+                    num_subnets=len(merged),
                     rate_factors=(rate,) * steps,
                     epochs_spent=spent,
                 )
@@ -235,8 +234,6 @@ class FederatedTrainer(SubnetTrainer):
         if key not in self._costs:
             self._costs[key] = self._work(widths), self._bytes(widths)
         ratio, size = self._costs[key]
-        if not self.fleet.counts_operations:
-            ratio = request.capacity
         profile = self.fleet.profiles[request.client]
         upload = round(size * selection.uploaded(request))
         seconds = self._steps * profile.step_seconds * ratio
@@ -244,9 +241,11 @@ class FederatedTrainer(SubnetTrainer):
         return Cost(seconds=seconds, download=size, upload=upload)
 
     def _work(self, widths: Mapping[str, int]) -> float:
-        """Operations of a step of a subnet of these widths, over those of the whole model."""
-        if not self.fleet.counts_operations or dict(widths) == self.spec.sizes:
+        """What a step of a subnet of these widths takes, over that of the whole model."""
+        if dict(widths) == self.spec.sizes:
             return 1.0
+        if not self.fleet.counts_operations:
+            return sum(widths.values()) / sum(self.spec.sizes.values())
         return self._count_operations(widths) / self._whole_operations
 
     @cached_property
@@ -277,8 +276,8 @@ class FederatedTrainer(SubnetTrainer):
 
     def assign(self, plan: RoundPlan) -> Assignment:
         """How many units the answers of a merge hold; which ones is decided when they are sent."""
-        merge, tasks = self.timeline.merges[plan.index], self.timeline.tasks
-        requests = [tasks[n].request for n in dict.fromkeys(merge.tasks) if tasks[n].answers]
+        merged = self.timeline.merged[plan.index]
+        requests = [self.timeline.tasks[number].request for number in merged]
         sizes, selection = self.spec.sizes, self.strategy.selection
         held = [{g: selection.count(n, request) for g, n in sizes.items()} for request in requests]
         return _prefixes(sizes, held)

@@ -5,7 +5,7 @@ Shape legend: ``N`` images, ``C`` channels, ``H`` x ``W`` pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -17,6 +17,15 @@ from gist.partition.residual_wiring import wire_filters
 from gist.partition.rules.registry import register_rule
 from gist.partition.rules.residual import ResidualRule
 
+Norm = Literal["batch", "layer"]
+
+
+def _layer_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(1, channels)
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": _layer_norm}
+
 
 class PreActBlock(nn.Module):
     """``shortcut(x) + conv2(relu(norm2(conv1(relu(norm1(x))))))``, with 3x3 convolutions.
@@ -27,6 +36,7 @@ class PreActBlock(nn.Module):
         in_channels: Channels of the input.
         channels: Filters of each convolution.
         stride: Of the first convolution and of the shortcut.
+        norm: See :class:`PreActResNet`.
 
     Shapes:
         [N, in_channels, H, W] -> [N, channels, H / stride, W / stride].
@@ -34,11 +44,14 @@ class PreActBlock(nn.Module):
 
     expansion: ClassVar[int] = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, *, norm: Norm = "batch"
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_channels)
+        make_norm = _NORMS[norm]
+        self.norm1 = make_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
+        self.norm2 = make_norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.shortcut = _shortcut(in_channels, channels, stride)
 
@@ -58,6 +71,7 @@ class PreActBottleneck(nn.Module):
         in_channels: Channels of the input.
         channels: Filters of the first two convolutions.
         stride: Of the second convolution and of the shortcut.
+        norm: See :class:`PreActResNet`.
 
     Shapes:
         [N, in_channels, H, W] -> [N, 4 * channels, H / stride, W / stride].
@@ -65,14 +79,16 @@ class PreActBottleneck(nn.Module):
 
     expansion: ClassVar[int] = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int = 1, *, norm: Norm = "batch"
+    ) -> None:
         super().__init__()
-        out_channels = self.expansion * channels
-        self.norm1 = nn.BatchNorm2d(in_channels)
+        out_channels, make_norm = self.expansion * channels, _NORMS[norm]
+        self.norm1 = make_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
+        self.norm2 = make_norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
-        self.norm3 = nn.BatchNorm2d(channels)
+        self.norm3 = make_norm(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.shortcut = _shortcut(in_channels, out_channels, stride)
 
@@ -146,6 +162,7 @@ class PreActResNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         stem: Literal["cifar", "imagenet"] = "cifar",
+        norm: Norm = "batch",
     ) -> None:
         super().__init__()
         if not num_blocks or len(num_blocks) != len(widths) or min(*num_blocks, *widths) < 1:
@@ -156,6 +173,8 @@ class PreActResNet(nn.Module):
             )
         if block not in _BLOCKS:
             raise ConfigError("unknown block", got=repr(block), expected=" or ".join(_BLOCKS))
+        if norm not in _NORMS:
+            raise ConfigError("unknown norm", got=repr(norm), expected=" or ".join(_NORMS))
         kind = _BLOCKS[block]
         self.stem = _stem(stem, in_channels, widths[0])
         self.stages = nn.Sequential()
@@ -163,10 +182,12 @@ class PreActResNet(nn.Module):
         for stage, (count, width) in enumerate(zip(num_blocks, widths, strict=True)):
             blocks = nn.Sequential()
             for i in range(count):
-                blocks.append(kind(channels, width, stride=2 if stage > 0 and i == 0 else 1))
+                blocks.append(
+                    kind(channels, width, stride=2 if stage > 0 and i == 0 else 1, norm=norm)
+                )
                 channels = kind.expansion * width
             self.stages.append(blocks)
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = _NORMS[norm](channels)
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

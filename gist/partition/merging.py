@@ -13,67 +13,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gist.errors import ConfigError, PartitionError
-from gist.partition.assignment import Assignment
+from gist.partition.parts import Part, misfits, output_layer
 from gist.partition.spec import PartitionSpec, raise_findings
 from gist.partition.transfer import Index, RunningMean, Selection, gather, scatter_
 
 ServerOptimizer = Literal["sgd", "momentum", "adagrad", "yogi", "adam"]
-
-LARGEST = 2.0**53
-"""Squares of differences of such numbers are far from overflow in float32, and whole ones exact."""
-
-_NUMBERS = frozenset(
-    {
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        *(torch.complex64, torch.complex128),
-        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    }
-)
-
-_MOST_FINDINGS = 10
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """What comes back of one task: the tensors of one subnet, trained.
-
-    Attributes:
-        assignment: The units of the subnet, the only one of this assignment.
-        tensors: The trained entries by full name; of all tensors that the subnet holds, or some.
-        start: The same entries as they were sent, for rules with
-            :attr:`~MergeRule.needs_start`.
-        weight: Training samples behind it.
-        staleness: Merges since it was sent.
-        classes: ``[k]`` int64, ascending: rows of the output layer that alone count
-            (:func:`output_layer`), as a client has no samples of the others; None for all.
-
-    Raises:
-        PartitionError: another number of subnets than one, or a weight or staleness out of range.
-    """
-
-    assignment: Assignment
-    tensors: Mapping[str, Tensor]
-    start: Mapping[str, Tensor] | None = None
-    weight: float = 1.0
-    staleness: int = 0
-    classes: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.assignment, Assignment) or self.assignment.num_subnets != 1:
-            raise PartitionError("a part must have the assignment of a single subnet")
-        for name, above in (("weight", 0), ("staleness", -1)):
-            value = getattr(self, name)
-            kind = int if name == "staleness" else int | float
-            if isinstance(value, bool) or not isinstance(value, kind) or not above < value < 2**63:
-                raise PartitionError(f"the {name} of a part is out of range", got=repr(value)[:80])
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +85,7 @@ class MergeRule(ABC):
 
         Raises:
             PartitionError: once, with everything of the parts that does not fit; see also
-                :func:`check_part`, which looks at values, too.
+                :func:`~gist.partition.parts.check_part`, which looks at values, too.
         """
         for name, pieces in self._pieces(tensors, spec, parts).items():
             held = Held(name=name, pieces=pieces, cohort=len(parts))
@@ -156,7 +108,7 @@ class MergeRule(ABC):
         pieces: dict[str, list[Piece]] = {}
         for number, part in enumerate(parts):
             selection = Selection(spec, part.assignment, 0)
-            wrong = _misfits(part, selection, tensors, needs_start=self.needs_start)
+            wrong = misfits(part, selection, tensors, needs_start=self.needs_start)
             found += [f"part {number}: {finding}" for finding in wrong]
             if wrong:
                 continue
@@ -187,20 +139,38 @@ class CountMean(MergeRule):
 
     def merge_tensor(self, tensor: Tensor, held: Held, state: dict[str, Tensor]) -> None:
         """See :meth:`MergeRule.merge_tensor`."""
-        _average(tensor, held.pieces, weighted=False)
+        _average(tensor, held.pieces)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataMean(MergeRule):
-    """As :class:`CountMean`, with a weighted mean: ``Σ n_i w_i / Σ n_i``, ``n_i`` a part's weight.
+    """As :class:`CountMean`, with a weighted mean: ``Σ n_i w_i / Σ n_i``.
 
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-    AISTATS 2017, algorithm 1, taken entry by entry over the holders.
+    AISTATS 2017, algorithm 1, taken entry by entry over the holders; by volume it is the rule of
+    Helios (Xu et al., 2021).
+
+    Attributes:
+        by: ``n_i``: a part's ``"weight"``, which is its samples; or its ``"volume"``, how many
+            entries it has.
+
+    Raises:
+        ConfigError: another ``by``.
     """
+
+    by: Literal["weight", "volume"] = "weight"
+
+    def __post_init__(self) -> None:
+        if self.by not in ("weight", "volume"):
+            raise ConfigError("by is 'weight' or 'volume'", got=repr(self.by))
 
     def merge_tensor(self, tensor: Tensor, held: Held, state: dict[str, Tensor]) -> None:
         """See :meth:`MergeRule.merge_tensor`."""
-        _average(tensor, held.pieces, weighted=True)
+        parts = [piece.part for piece in held.pieces]
+        if self.by == "weight":
+            _average(tensor, held.pieces, [part.weight for part in parts])
+        else:
+            _average(tensor, held.pieces, [part.volume for part in parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +243,7 @@ class CohortDelta(MergeRule):
     def merge_tensor(self, tensor: Tensor, held: Held, state: dict[str, Tensor]) -> None:
         """See :meth:`MergeRule.merge_tensor`."""
         if not (isinstance(tensor, nn.Parameter) and tensor.is_floating_point()):
-            _average(tensor, held.pieces, weighted=False)
+            _average(tensor, held.pieces)
             return
         block, _ = _block(held.pieces, tensor)
         before = gather(tensor, block).to(_wide(tensor.dtype))
@@ -353,151 +323,6 @@ class Mix(MergeRule):
             _put(tensor, piece, share)
 
 
-def output_layer(spec: PartitionSpec) -> tuple[str, ...]:
-    """Names of the tensors with a row for every output of the model, such as weight and bias.
-
-    They are those of the layer that has the last weight of the spec, that is, of the model.
-
-    Raises:
-        PartitionError: its rows follow units, or some of its tensors have other numbers of rows, so
-            that they are no outputs.
-    """
-    weights = [name for name, layout in spec.layouts.items() if len(layout.shape) >= 2]
-    if not weights:
-        raise PartitionError("a model without weights has no output layer")
-    last, rows = weights[-1], spec.layouts[weights[-1]].shape[0]
-    layers = [path for path, port in spec.ports.items() if port.contracts and port.output is None]
-    around = [path for path in layers if last.startswith(f"{path}.")]
-    path = max(around, key=len, default=last.rpartition(".")[0])
-    prefix = f"{path}." if path else ""
-    own = [lay for lay in spec.layouts.values() if lay.shape and lay.name.startswith(prefix)]
-    if not prefix:
-        own = [layout for layout in own if "." not in layout.name]
-    dealt = any(layout.owner or any(s.dim == 0 for s in layout.slots) for layout in own)
-    if dealt or not {layout.shape[0] for layout in own} <= {1, rows}:
-        raise PartitionError(
-            f"the last layer of the model, {path!r}, does not have a row for every output",
-            got=", ".join(f"{layout.name} {layout.shape}" for layout in own),
-            remedy="leave classes out: all rows of all layers then count",
-        )
-    return tuple(layout.name for layout in own if layout.shape[0] == rows)
-
-
-def check_part(
-    part: Part,
-    spec: PartitionSpec,
-    *,
-    sent: Assignment | None = None,
-    names: Iterable[str] | None = None,
-    like: Mapping[str, Tensor] | None = None,
-    largest: float = LARGEST,
-) -> None:
-    """Looks at a part from outside: whether it fits what was sent, and can do no harm.
-
-    Nothing of it is trusted but its :class:`~gist.partition.assignment.Assignment`, which was
-    checked where it was made. Values are read last, and only where everything else fits.
-
-    Args:
-        part: What came back.
-        spec: The partition spec.
-        sent: The units that were sent; by default those that the part names.
-        names: Tensors that must be there, no more and no less; by default all that are held.
-        like: The global tensors, whose dtypes are expected; by default those of ``part.start``, or
-            any numbers.
-        largest: No value may be further from zero.
-
-    Raises:
-        PartitionError: once, with everything that is wrong.
-    """
-    found = []
-    if sent is not None and dict(part.assignment.sizes) == spec.sizes:
-        found += [
-            f"its units of {group!r} are not those that were sent"
-            for group, (units,) in part.assignment.held.items()
-            if not torch.equal(units, sent.held[group][0])
-        ]
-    selection = Selection(spec, part.assignment, 0)
-    found += _misfits(part, selection, spec.layouts if like is None else like)
-    if not found:
-        held = (name for name, layout in spec.layouts.items() if selection.holds(layout))
-        wanted = set(held if names is None else names)
-        found += [f"{name}: is missing" for name in sorted(wanted - part.tensors.keys())]
-        found += [f"{name}: was not asked for" for name in sorted(part.tensors.keys() - wanted)]
-        dtypes = part.start if like is None else like
-        for name, entries in part.tensors.items():
-            dtype = entries.dtype if dtypes is None or name not in dtypes else dtypes[name].dtype
-            if entries.dtype != dtype:
-                found.append(f"{name}: is {entries.dtype}, expected {dtype}")
-            elif not _is_within(entries.detach(), largest):
-                found.append(f"{name}: has values that are no finite numbers up to {largest:g}")
-    more = len(found) - _MOST_FINDINGS
-    cut = found[:_MOST_FINDINGS] + ([f"and {more} more"] if more > 0 else [])
-    raise_findings("an update cannot be taken", cut)
-
-
-def _misfits(
-    part: Part, selection: Selection, tensors: Container[str], *, needs_start: bool = False
-) -> list[str]:
-    """What of the names, kinds and shapes of a part does not fit, one sentence each."""
-    spec = selection.spec
-    if dict(part.assignment.sizes) != spec.sizes:
-        return ["its units are of other groups"]
-    if needs_start and part.start is None:
-        return ["start: is missing, and this rule compares with what was sent"]
-    found = []
-    for what, given in (("", part.tensors), ("start of ", part.start)):
-        if given is None:
-            continue
-        if not isinstance(given, Mapping):
-            found.append(f"{what}tensors: are no mapping, but {type(given).__name__}")
-            continue
-        for name, entries in given.items():
-            layout = spec.layouts.get(name) if isinstance(name, str) else None
-            if layout is None or name not in tensors:
-                found.append(f"{what}{str(name)[:80]}: is no tensor of the model")
-            elif not selection.holds(layout):
-                found.append(f"{what}{name}: belongs to a unit that is not held")
-            else:
-                wrong = _misfit(entries, selection.shape(layout))
-                found += [f"{what}{name}: {wrong}"] if wrong else []
-    if not found and part.start is not None:
-        missing = sorted(part.tensors.keys() - part.start.keys())
-        found += [f"start of {name}: is missing" for name in missing]
-    if not found and part.classes is not None:
-        found += _wrong_classes(part.classes, spec)
-    return found
-
-
-def _misfit(entries: Any, shape: tuple[int, ...]) -> str | None:
-    if type(entries) not in (Tensor, nn.Parameter):
-        return f"is no tensor, but {type(entries).__name__}"
-    plain = entries.layout == torch.strided and entries.dtype in _NUMBERS
-    if not plain or entries.device.type == "meta":
-        return f"is no plain tensor, but {entries.layout}, {entries.dtype} on {entries.device}"
-    if tuple(entries.shape) != shape:
-        return f"has shape {tuple(entries.shape)}, expected {shape}"
-    return None
-
-
-def _wrong_classes(classes: Tensor, spec: PartitionSpec) -> list[str]:
-    outputs = spec.layouts[output_layer(spec)[0]].shape[0]
-    fits = isinstance(classes, Tensor) and classes.dtype == torch.int64 and classes.dim() == 1
-    if fits and classes.numel():
-        fits = bool((classes[1:] > classes[:-1]).all())
-        fits = fits and int(classes[0]) >= 0 and int(classes[-1]) < outputs
-    return [] if fits else [f"classes must be ascending rows out of 0 to {outputs - 1}"]
-
-
-def _is_within(entries: Tensor, largest: float) -> bool:
-    """Whether all values are numbers of at most this magnitude."""
-    if entries.is_complex():
-        entries = torch.view_as_real(entries.resolve_conj())
-    if entries.dtype == torch.bool or not entries.numel():
-        return True
-    low, high = (float(value) for value in entries.aminmax())
-    return -largest <= low and high <= largest  # NaN is on neither side
-
-
 def _counted_rows(part: Part, spec: PartitionSpec) -> dict[str, Tensor]:
     """Rows that alone count of the tensors of which not all do."""
     if part.classes is None:
@@ -541,20 +366,27 @@ def _within(index: Index, block: Index) -> Index:
     )
 
 
-def _average(tensor: Tensor, pieces: Sequence[Piece], *, weighted: bool) -> None:
+def _average(
+    tensor: Tensor, pieces: Sequence[Piece], weights: Sequence[float] | None = None
+) -> None:
+    """The mean over the pieces that hold an entry, with or without weights."""
     block, disjoint = _block(pieces, tensor)
     if disjoint:
         for piece in pieces:
             _put(tensor, piece, 1.0)
         return
     before = _entries(tensor, block)
-    mean = _WeightedMean(before) if weighted else RunningMean(before)
-    for piece in pieces:
-        index, entries = _within(piece.index, block), piece.entries.to(tensor.device)
-        if isinstance(mean, RunningMean):
-            mean.add(index, entries)
-        else:
-            mean.add(index, entries, piece.part.weight)
+    indices = [_within(piece.index, block) for piece in pieces]
+    entries = [piece.entries.to(tensor.device) for piece in pieces]
+    mean: RunningMean | _WeightedMean
+    if weights is None:
+        mean = RunningMean(before)
+        for index, own in zip(indices, entries, strict=True):
+            mean.add(index, own)
+    else:
+        mean = _WeightedMean(before)
+        for index, own, weight in zip(indices, entries, weights, strict=True):
+            mean.add(index, own, weight)
     scatter_(tensor, block, mean.value.to(tensor.dtype))
 
 

@@ -14,6 +14,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from gist.errors import require_count
 from gist.graph.data import GraphData
 from gist.theory.graph_kernels import (
     MAX_NODES,
@@ -139,8 +140,10 @@ def graph_report(
 
     Raises:
         DataError: the graph is directed, or has negative weights.
-        ConfigError: the component is too large, or ``lr`` is.
+        ConfigError: the component is too large, or ``lr`` is; a number below 1.
     """
+    require_count("num_subnets", num_subnets)
+    require_count("local_steps", local_steps)
     data = data.to("cpu")
     count, label = connected_components(data.adjacency.to_scipy(), directed=False)
     kept = torch.from_numpy(np.flatnonzero(label == np.bincount(label).argmax()))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, require_count
 from gist.partition.samplers import Bernoulli
 from gist.theory.assumptions import GraphReport, graph_report
 from gist.theory.delay import delayed_rates
@@ -104,7 +104,12 @@ def contraction(
         rounds: Rounds of each run.
         repeats: Runs of each scheme, each with a network and masks of its own.
         seed: Seed of the first.
+
+    Raises:
+        ConfigError: a number below 1 of anything.
     """
+    for name, value in (("width", width), ("rounds", rounds), ("repeats", repeats)):
+        require_count(name, value)
     problem = problem or Problem.sphere()
     spectrum = Spectrum.of(problem.kernel())
     lr = 0.5 / spectrum.largest if lr is None else lr
@@ -205,6 +210,9 @@ def floors(
         ConfigError: something that cannot be varied, or a setting that cannot be used.
         DivergedError: the training diverged.
     """
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ConfigError(f"there must be values of {vary}, all of them finite", got=values)
+    require_count("averaged", averaged)
     problem = problem or Problem.sphere()
     scheme = scheme or Scheme.multi_sample_dropout(0.8, 4)
     if vary not in VARIED or (vary == "keep" and scheme.exclusive):

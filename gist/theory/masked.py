@@ -75,11 +75,12 @@ class MaskedTraining:
     ) -> None:
         if not lr > 0:
             raise ConfigError("lr must be a positive number", got=lr)
-        if delay < 0 or (delay and scheme.local_steps > 1):
+        whole = isinstance(delay, int) and not isinstance(delay, bool)
+        if not whole or delay < 0 or (delay and scheme.local_steps > 1):
             raise ConfigError(
                 "changes are some rounds late, of one local step each",
                 got=f"delay={delay}, local_steps={scheme.local_steps}",
-                expected="delay from 0 on; local_steps=1 where it is above 0",
+                expected="delay a whole number from 0 on; local_steps=1 where it is above 0",
             )
         self.problem, self.network, self.scheme = problem, network, scheme
         self.lr, self.seed, self.rounds = lr, seed, 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, require_count
 from gist.partition.samplers import Bernoulli, Categorical
 from gist.partition.streams import stream
 
@@ -45,10 +45,8 @@ class Scheme:
                 got=repr(self.sampler),
                 expected="Bernoulli(keep), or Categorical() with equal probabilities",
             )
-        for name in ("num_subnets", "local_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number from 1 on", got=repr(value))
+        require_count("num_subnets", self.num_subnets)
+        require_count("local_steps", self.local_steps)
 
     @classmethod
     def dropout(cls, keep: float) -> Scheme:

@@ -88,7 +88,8 @@ def test_hidden_is_the_width(model, kind):
         ({"dropout": 1.0}, "dropout must be"),
         ({"model": "vgg11", "layers": 3}, "only an mlp has layers"),
         ({"model": "vgg11", "dropout": 0.5}, "only an mlp has dropout"),
-        ({"model": "preact-resnet20", "norm": "layer"}, "only an mlp has norm"),
+        ({"model": "vgg11", "norm": "layer"}, "a VGG has batch norms"),
+        ({"model": "preact-resnet20", "norm": None}, "unknown norm"),
     ],
 )
 def test_models_that_cannot_be_are_refused(settings, match):

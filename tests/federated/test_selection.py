@@ -34,7 +34,7 @@ from gist.federated.selection import (
 )
 from gist.nn import MLP
 from gist.partition.assignment import Assignment
-from gist.partition.merging import Part
+from gist.partition.parts import Part
 from gist.partition.scores import ranked, unit_changes, unit_norms
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.transfer import extract
@@ -330,7 +330,7 @@ def run(selection: Selection, server: Server, losses: Iterable[float], **known: 
 
 def test_units_are_kept_while_the_loss_falls():
     (one, _), (two, _), (three, scores), (four, _), (five, last) = run(
-        AdaptiveDropout(), Server.of(40), [2.0, 1.0, 0.5, 0.7, math.nan]
+        AdaptiveDropout(), Server.of(40), [2.0, 1.0, 0.5, 0.7, 0.8]
     )
     assert one != two, "a first loss is none that fell"
     assert two == three == four
@@ -338,7 +338,13 @@ def test_units_are_kept_while_the_loss_falls():
     expected = torch.ones(40, dtype=torch.float64)
     expected[two] += 0.5 + 0.5
     torch.testing.assert_close(scores["3.scores/hidden.0"], expected)
-    assert last["3.loss"].item() == 0.7, "what is no number is not compared with"
+    assert last["3.loss"].item() == 0.8
+
+
+def test_losses_from_zero_down_do_not_break_the_scores():
+    *_, (units, state) = run(AdaptiveDropout(), Server.of(40), [0.5, 0.0, -1.0, -1e300])
+    scores = state["3.scores/hidden.0"]
+    assert scores[units].tolist() == [4.0] * len(units), "each fall counts 1 at most"
 
 
 def test_units_are_drawn_by_their_scores():

@@ -275,8 +275,15 @@ def test_sparse_labels_can_be_split_uniformly_alone():
         (lambda: IID().split(torch.zeros(3), 0, seed=0), "num_clients must be"),
         (lambda: IID().split(torch.zeros(3), 4, seed=0), "too few samples"),
         (lambda: make_split("idd"), "unknown split"),
+        (lambda: make_split("iid:3"), "no number.*expected: iid"),
+        (lambda: make_split("dirichlet:"), "alpha cannot be read.*expected: dirichlet:NUMBER"),
+        (lambda: make_split("dirichlet:-1"), "alpha must be"),
+        (lambda: make_split("label-shards:2.5"), "per_client cannot be read"),
     ],
-    ids=["zero", "infinite", "text", "switch", "shards", "least", "none", "many", "name"],
+    ids=[
+        *("zero", "infinite", "text", "switch", "shards", "least", "none", "many", "name"),
+        *("number of none", "empty number", "number below 0", "half a shard"),
+    ],
 )
 def test_settings_that_cannot_be_used_are_refused(make, match):
     with pytest.raises(ConfigError, match=match):
@@ -291,6 +298,11 @@ def test_splits_have_names(name):
     split = make_split(name)
     assert make_split(split) is split is SPLITS[name]
     assert len(split.split(torch.arange(40) % 4, 8, seed=0)) == 8
+
+
+def test_a_number_may_follow_the_name():
+    assert make_split("label-shards:5") == LabelShards(per_client=5)
+    assert make_split("dirichlet:0.1") == Dirichlet(alpha=0.1)
 
 
 @given(problem=problems())

@@ -42,6 +42,12 @@ def run(
     )
 
 
+def answers(line: Timeline, clients: int) -> list[int]:
+    """How many answers of each client were merged."""
+    merged = [line.tasks[number].request.client for each in line.merged for number in each]
+    return [merged.count(client) for client in range(clients)]
+
+
 fleets = st.builds(
     lambda steps, available, lost, repeated, corrupt: Fleet(
         profiles=tuple(
@@ -87,8 +93,9 @@ def test_what_every_course_keeps_true(fleet, in_flight, per_merge, synchronous, 
     assert times == sorted(times)
     assert times[-1] <= 400.0
     for index, merge in enumerate(line.merges):
-        first = {n for n in merge.tasks if line.merged_at.get(n) == index}
-        assert len(first) <= in_flight if synchronous else len(first) == per_merge
+        sound = line.merged[index]
+        assert 1 <= len(sound) <= in_flight if synchronous else len(sound) == per_merge
+        assert set(sound) <= set(merge.tasks)
         for number in merge.tasks:
             task = line.tasks[number]
             assert task.request.merges <= index
@@ -103,7 +110,8 @@ def test_what_every_course_keeps_true(fleet, in_flight, per_merge, synchronous, 
         at_work = [t.request.client for t in line.tasks if t.start <= moment < t.finish]
         assert len(at_work) == len(set(at_work)) <= in_flight
     assert sum(line.staleness_counts().values()) == len(line.merged_at)
-    assert sum(line.merges_per_client(len(fleet))) == len(line.merged_at)
+    sound = [n for n in line.merged_at if line.tasks[n].fate != "corrupt"]
+    assert sorted(n for merged in line.merged for n in merged) == sorted(sound)
 
 
 def test_tasks_of_a_client_are_numbered_in_order():
@@ -135,7 +143,7 @@ def test_staleness_of_one_at_a_time_is_zero_and_of_equal_clients_their_number_le
 def test_fast_clients_answer_more_often():
     fleet = Fleet(profiles=tuple(ClientProfile(step_seconds=s) for s in (1.0, 4.0)))
     line = run(fleet, in_flight=2, merges=None, duration=400.0)
-    assert line.merges_per_client(2) == [40, 10]
+    assert answers(line, 2) == [40, 10]
 
 
 def test_a_lost_client_gives_its_place_away_and_a_repeated_answer_counts_once():
@@ -156,7 +164,47 @@ def test_a_timeout_gives_up_those_that_are_slower():
     line = run(fleet, synchronous=True, timeout=15.0, merges=6)
     assert {task.fate for task in line.tasks if task.request.client == 2} == {"lost"}
     assert {merge.time for merge in line.merges} == {15.0 * i for i in range(1, 7)}
-    assert line.merges_per_client(3) == [6, 6, 0]
+    assert answers(line, 3) == [6, 6, 0]
+
+
+@pytest.mark.parametrize("budget", ["merges", "duration"])
+def test_a_timeout_that_nobody_keeps_is_refused(budget):
+    given = {"merges": 3} if budget == "merges" else {"merges": None, "duration": 1e6}
+    with pytest.raises(ConfigError, match="1,000 tasks in a row none has a sound answer in time"):
+        run(Fleet.uniform(4), timeout=1.0, **given)
+
+
+def test_the_rate_is_that_of_the_merges_that_were_done():
+    for synchronous in (True, False):
+        line = run(Fleet.uniform(1), in_flight=1, synchronous=synchronous, merges=4)
+        assert [task.rate for task in line.tasks[:4]] == [1.0, 0.75, 0.5, 0.25]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(
+        st.builds(
+            ClientProfile,
+            step_seconds=st.sampled_from([0.3, 1.0]),
+            available=st.sampled_from([0.2, 0.5, 1.0]),
+            period=st.sampled_from([50.0, 170.0, 1000.0]),
+        ),
+        min_size=2,
+        max_size=6,
+    ),
+    st.integers(0, 5),
+)
+def test_nobody_who_is_there_and_idle_waits_while_there_is_room(profiles, seed):
+    fleet = Fleet(profiles=tuple(profiles))
+    try:
+        line = run(fleet, in_flight=2, seed=seed, merges=None, duration=600.0)
+    except ConfigError:  # nobody was there in time
+        return
+    for moment in range(600):
+        at_work = {t.request.client for t in line.tasks if t.start <= moment < t.finish}
+        idle = set(range(len(fleet))) - at_work
+        here = [c for c in idle if fleet.next_available(c, moment, seed) == moment]
+        assert len(at_work) == 2 or not here
 
 
 def test_clients_are_sent_work_when_they_are_there():

@@ -10,7 +10,8 @@ import torch
 
 import gist
 from gist import AsyncDropTrainer, ConfigError, DivergedError, FederatedTrainer, SampleTrainer
-from gist.errors import CheckpointError
+from gist.errors import CheckpointError, PartitionError
+from gist.federated.faults import garbled
 from gist.federated.fleet import Fleet
 from gist.federated.strategies import STRATEGIES, Strategy, make_strategy
 from gist.partition.merging import CohortDelta, Mix
@@ -139,9 +140,10 @@ def test_a_checkpoint_of_another_strategy_is_refused(digits, tmp_path):
         trainer_of(digits, strategy="fedavg").load_checkpoint(tmp_path)
 
 
-def test_one_client_with_everything_is_plain_training_bit_for_bit(digits):
-    settings = {"local_steps": 5, "batch_size": 32, "lr": 0.05, "schedule": "constant"}
-    settings |= {"progress": False, "rounds": 6, "keep_best": False, "recalibrate_bn": False}
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+def test_one_client_with_everything_is_plain_training_bit_for_bit(schedule, digits):
+    settings = {"local_steps": 5, "batch_size": 32, "lr": 0.05, "schedule": schedule}
+    settings |= {"progress": False, "rounds": 8, "keep_best": False, "recalibrate_bn": False}
     plain = SampleTrainer(model_of("batch"), digits, num_subnets=1, optimizer="sgd", **settings)
     plain.fit()
     for strategy in ("fedavg", Strategy(rule=Mix(alpha=1.0))):
@@ -196,20 +198,42 @@ def test_clients_work_on_what_they_were_sent(digits):
 
 
 def test_garbage_changes_nothing_and_is_logged(digits):
-    fleet = dataclasses.replace(Fleet.uniform(CLIENTS), corrupt=1.0)
-    trainer = trainer_of(digits, fleet=fleet, recalibrate_bn=False)
-    before = bits_of(trainer)
+    fleet = dataclasses.replace(Fleet.uniform(CLIENTS), corrupt=0.5)
+    trainer = trainer_of(digits, fleet=fleet, keep_best=False)
     trainer.fit()
+    tasks, events = trainer.timeline.tasks, trainer.server.events
+    refused = [event for event in events if event["event"] == "refused"]
+    assert refused
+    assert all(event["reason"] for event in refused)
+    assert {tasks[event["task"]].fate for event in refused} == {"corrupt"}
+    assert all(m.num_subnets == 1 for m in trainer.history), "garbage is no subnet of a round"
+
+
+def test_garbage_is_refused_before_anything_learns_from_it(digits):
+    trainer = trainer_of(digits, strategy="afd", in_flight=4)
+    plan, *_ = trainer.rounds
+    trainer._run_round(plan)
+    server = trainer.server.global_model
+    task = trainer.timeline.tasks[trainer.timeline.started[1][0]]
+    sound = trainer.server._train_client(task, plan.local_steps)
+    garbage = garbled(sound.part, seed=0, task=task.number)
+    before, kept = bits_of(trainer), {k: dict(v) for k, v in server.kept().items()}
+    with pytest.raises(PartitionError):
+        server.take(task.request, dataclasses.replace(sound, part=garbage))
     assert same_bits(before, bits_of(trainer))
-    assert trainer.report()["events"] == {"refused": 8, "sent": 10}
-    assert all(e["reason"] for e in trainer.server.events if e["event"] == "refused")
+    assert {k: v.keys() for k, v in server.kept().items()} == {k: v.keys() for k, v in kept.items()}
+    for kind, tensors in server.kept().items():
+        assert same_bits(tensors, kept[kind])
 
 
-def test_a_run_of_nothing_but_garbage_is_given_up(digits):
-    fleet = dataclasses.replace(Fleet.uniform(CLIENTS), corrupt=0.9, lost=0.1)
-    trainer = trainer_of(digits, fleet=fleet, rounds=120, local_steps=1, batch_size=2)
-    with pytest.raises(DivergedError, match="were refused"):
+@pytest.mark.parametrize("rounds", [4, 60])
+def test_a_run_that_diverges_is_given_up(digits, rounds):
+    trainer = trainer_of(digits, lr=1e30, rounds=rounds, local_steps=3)
+    with pytest.raises(
+        DivergedError, match=f"last {min(rounds, 20)} answers of clients were refused"
+    ):
         trainer.fit()
+    assert len(trainer.history) < 20
 
 
 def test_an_answer_that_comes_twice_counts_once(digits):
@@ -221,6 +245,16 @@ def test_an_answer_that_comes_twice_counts_once(digits):
     assert same_bits(bits_of(once), bits_of(twice))
     assert twice.report()["events"]["repeated"] == 7  # that of the last merge is yet to come
     assert twice.report()["merges_per_client"] == once.report()["merges_per_client"]
+    for one, other in zip(once.history, twice.history, strict=True):
+        assert (one.epochs, one.num_subnets) == (other.epochs, other.num_subnets)
+
+
+def test_events_are_in_order_of_time(digits):
+    fleet = dataclasses.replace(Fleet.lognormal(CLIENTS), lost=0.2, repeated=0.1, corrupt=0.1)
+    trainer = trainer_of(digits, strategy="fedbuff", fleet=fleet, in_flight=6, rounds=3)
+    trainer.fit()
+    times = [event["time"] for event in trainer.server.events]
+    assert times == sorted(times)
 
 
 def test_a_client_that_never_answers_is_logged_and_its_place_given_away(digits):

@@ -106,10 +106,18 @@ WIRINGS = {"declared": None, "filters": wire_filters, "blocks": wire_blocks} | {
 
 @pytest.mark.parametrize("wiring", WIRINGS.values(), ids=WIRINGS)
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_subnets(block, wiring):
-    assert largest_difference(small(block=block), normal(2, 3, 8, 8), wiring) < 1e-12
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_subnets(norm, block, wiring):
+    settings = {"block": block, "norm": norm}
+    assert largest_difference(small(**settings), normal(2, 3, 8, 8), wiring) < 1e-12
     x = torch.randn(2, 3, 8, 8)
-    assert verify_wiring(small(block=block), (x,), wiring=wiring) < 1e-5
+    assert verify_wiring(small(**settings), (x,), wiring=wiring) < 1e-5
+
+
+def test_with_layer_norms_an_image_has_the_same_scores_whatever_is_beside_it():
+    model, x = small(norm="layer").double(), normal(3, 3, 8, 8)
+    assert not list(model.buffers())
+    assert torch.allclose(model(x)[:1], model(x[:1]), rtol=0, atol=1e-12)
 
 
 def test_filters_are_the_default():
@@ -129,6 +137,7 @@ def test_filters_are_the_default():
         ({"num_blocks": (1,), "widths": (0,)}, r"widths=\(0,\)"),
         ({"num_blocks": (0,), "widths": (4,)}, r"num_blocks=\(0,\)"),
         ({"block": "wide"}, "unknown block; got: 'wide'; expected: basic or bottleneck"),
+        ({"norm": "group"}, "unknown norm; got: 'group'; expected: batch or layer"),
         ({"stem": "mnist"}, "unknown stem; got: 'mnist'; expected: cifar or imagenet"),
     ],
 )

@@ -265,6 +265,8 @@ def test_absent_blocks_of_several_arguments_hand_on_the_first():
         (nn.Identity(), "Linear(in_features=6, out_features=4, bias=True)"),
         (nn.BatchNorm1d(8), "BatchNorm1d(4, "),
         (nn.LayerNorm(8), "LayerNorm((4,), "),
+        (nn.GroupNorm(1, 8), "GroupNorm(1, 4, "),
+        (nn.GroupNorm(8, 8), "GroupNorm(4, 4, "),
         (nn.PReLU(8), "PReLU(num_parameters=4)"),
         (pyg.LayerNorm(8), "LayerNorm(4, "),
         (pyg.BatchNorm(8), "BatchNorm(4"),

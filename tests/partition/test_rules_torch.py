@@ -99,6 +99,24 @@ def test_images():
     assert largest_difference(images(), inputs(4, 2, 8, 8)) < 1e-12
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("groups", ["one", "each alone"])
+def test_group_norms(groups, affine):
+    def norm(channels: int) -> nn.Module:
+        return nn.GroupNorm(1 if groups == "one" else channels, channels, affine=affine)
+
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 6, 3), norm(6), nn.ReLU(), nn.Conv2d(6, 5, 3), norm(5), nn.Sigmoid()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, 3)),
+    )
+    assert largest_difference(model, inputs(4, 2, 8, 8)) < 1e-12
+
+
+def test_a_group_norm_of_what_stays_whole_may_have_any_groups():
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    assert largest_difference(model, inputs(4, 4, 8, 8)) < 1e-12
+
+
 def test_a_pooled_image_model_without_flattened_pixels():
     model = nn.Sequential(
         nn.Conv2d(2, 6, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
@@ -156,7 +174,8 @@ def test_embedding():
         (nn.PReLU(4), "takes 4 input features"),
         (nn.Linear(7, 2), "takes 7 input features, but the wiring brings 6"),
         (nn.Softmax(dim=1), "no partition rule for layer type"),
-        (nn.GroupNorm(2, 6), "no partition rule for layer type"),
+        (nn.GroupNorm(2, 6), "normalises 2 groups of 6 channels; only one group"),
+        (nn.GroupNorm(1, 5), "takes 5 input features, but the wiring brings 6"),
         (nn.Bilinear(6, 6, 6), "no partition rule for layer type"),
         (nn.utils.spectral_norm(nn.Linear(6, 6)), "1"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), "no partition rule"),

@@ -19,7 +19,7 @@ from gist.federated.flower.records import flower, from_content, to_content
 from gist.graph.data import GraphData
 from gist.graph.objective import GraphObjective
 from gist.partition.assignment import Assignment
-from gist.partition.merging import Part, check_part
+from gist.partition.parts import Part, check_part
 from gist.partition.spec import PartitionSpec, model_tensors
 from gist.partition.subnet import build_subnet
 from gist.partition.wiring import Wiring, partition_spec
@@ -81,7 +81,8 @@ def answer(
 ) -> Outcome:
     """Trains what a client was sent.
 
-    A client's first task verifies the wiring of its model, as every run does.
+    Until a client has given a sound answer, its tasks verify the wiring of its model, as every run
+    does.
 
     Args:
         work: What was sent.
@@ -106,7 +107,7 @@ def answer(
     config = TrainConfig.from_settings({**work.settings, "seed": work.seed})
     device = device_of(model, config)
     objective = objective_of(data, device, steps=work.steps, **settings)
-    if work.own == 0:
+    if work.verify:
         small = small_model(model, spec, work.seed)
         objective.check(small)
         verify_wiring(model, *objective.sample_inputs(small), wiring=wiring, seed=work.seed)

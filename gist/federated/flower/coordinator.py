@@ -22,7 +22,7 @@ from gist.federated.selection import Request
 from gist.federated.strategies import make_strategy
 from gist.history import RoundRecord, TrainResult
 from gist.partition.assignment import Assignment
-from gist.partition.merging import Part
+from gist.partition.parts import Part
 from gist.partition.spec import model_tensors
 from gist.partition.transfer import extract, held_entries
 from gist.partition.wiring import Wiring, partition_spec
@@ -220,7 +220,8 @@ class Coordinator:
         )
         assignment = self._global.deal(request)
         tensors = extract(self._global.tensors, self.spec, assignment, 0)
-        records = self._work(request, assignment, tensors).pack()
+        verify = client.samples == 0  # no sound answer yet
+        records = self._work(request, assignment, tensors, verify=verify).pack()
         self._tasks += 1
         message = self.link.send(
             client.node,
@@ -248,7 +249,12 @@ class Coordinator:
         self.ledger.log("sent", client.number, task=request.task, bytes=records.nbytes)
 
     def _work(
-        self, request: Request, assignment: Assignment, tensors: Mapping[str, Tensor]
+        self,
+        request: Request,
+        assignment: Assignment,
+        tensors: Mapping[str, Tensor],
+        *,
+        verify: bool,
     ) -> Work:
         config = self.config
         told = {name: getattr(config, name) for name in _TOLD}
@@ -261,6 +267,7 @@ class Coordinator:
             rate=self._factor,
             proximal=self.strategy.proximal,
             masked_outputs=self.strategy.masked_outputs,
+            verify=verify,
             model=self._fingerprint,
             settings={name: value for name, value in told.items() if value is not None},
             trained=tuple(sorted(self._global.trained(request, assignment))),
@@ -275,8 +282,9 @@ class Coordinator:
         for reply in replies:
             if not self._is_over():
                 self._take(reply)
-        if self.strategy.synchronous and not self._flying:
+        if self.strategy.synchronous and not self._flying and self._parts:
             self._merge()
+            self._lower_rate()
         return bool(replies)
 
     def _take(self, reply: Reply) -> None:
@@ -291,6 +299,7 @@ class Coordinator:
         client, task = flight.client, flight.request.task
         if reply.read is None and reply.node != client.node:
             self.ledger.log("lost", client.number, task=task, reason=str(reply.error)[:_LONGEST])
+            client.failed(self.seconds())
         elif reply.read is None:
             self._take_note("failed", client, task, str(reply.error))
         else:
@@ -305,6 +314,13 @@ class Coordinator:
                 self._keep(flight, outcome, part, reply.nbytes)
 
     def _part(self, flight: _Flight, outcome: Outcome) -> Part:
+        """What of an outcome is merged."""
+        if outcome.passes > self.config.local_steps:
+            raise DataError(
+                "an answer says that it made more passes than steps",
+                got=outcome.passes,
+                expected=f"at most {self.config.local_steps}",
+            )
         return Part(
             assignment=flight.assignment,
             tensors=outcome.tensors,
@@ -338,9 +354,6 @@ class Coordinator:
         client.answered(step_seconds=step_seconds, samples=outcome.samples)
         self._parts.append(part)
         self._outcomes.append(outcome)
-        # The fastest of those at work lowers the learning rate (AsyncDrop, Algorithm 3).
-        if self._roster.rank(client, [other.client for other in self._flying.values()]) == 0:
-            self._factor = learning_rate_factor(self.config.schedule, self._progress())
         self.ledger.log(
             "merged",
             client.number,
@@ -351,18 +364,23 @@ class Coordinator:
         )
         if not self.strategy.synchronous and len(self._parts) >= self.strategy.per_merge:
             self._merge()
+        # The fastest of those at work lowers the learning rate (AsyncDrop, Algorithm 3).
+        if self._roster.rank(client, [other.client for other in self._flying.values()]) == 0:
+            self._lower_rate()
+
+    def _lower_rate(self) -> None:
+        """To what the spent budget asks for."""
+        self._factor = learning_rate_factor(self.config.schedule, self._progress())
 
     def _merge(self) -> None:
         parts, outcomes, history = self._parts, self._outcomes, self.ledger.history
-        if not parts:
-            return
         self._global.merge(parts)
         self._merges += 1
         self._parts, self._outcomes = [], []
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self._widths = tuple(held_entries(self.spec, p.assignment, 0, trained) for p in parts)
         self._seen += sum(outcome.passes * outcome.samples for outcome in outcomes)
-        losses = [o.losses[1] for o in outcomes if math.isfinite(o.losses[1])]
+        losses = [outcome.losses[1] for outcome in outcomes]
         last = history[-1] if history else None
         seconds = self.seconds()
         record = RoundRecord(
@@ -371,9 +389,7 @@ class Coordinator:
             local_steps=self.config.local_steps,
             epochs=max(self._seen / self._roster.samples, last.epochs if last else 0.0),
             learning_rate_factor=self._last_rate,
-            train_loss=sum(losses) / len(losses)
-            if losses
-            else (last.train_loss if last else math.nan),
+            train_loss=sum(losses) / len(losses),
             seconds=seconds - self.ledger.eval_seconds,
             eval_seconds=self.ledger.eval_seconds,
             bytes_sent=self._bytes_sent,

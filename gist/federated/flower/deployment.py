@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, require_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,9 @@ class Deployment:
     poll: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, optional in (("in_flight", True), ("min_clients", False)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not (optional and value is None):
-                raise ConfigError(f"{name} must be a whole number of at least 1", got=repr(value))
+        if self.in_flight is not None:
+            require_count("in_flight", self.in_flight)
+        require_count("min_clients", self.min_clients)
         for name, optional in (("duration", True), ("timeout", False), ("poll", False)):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)

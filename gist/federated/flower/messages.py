@@ -63,6 +63,7 @@ class Work:
         rate: Factor on the base learning rate.
         proximal: µ of FedProx.
         masked_outputs: Whether the loss leaves out classes that the client has no samples of.
+        verify: Whether the client is to verify the wiring of its model first.
         model: :func:`fingerprint` of the server's model.
         settings: Those of the local training, by name.
         trained: Parameters that are trained and come back, by full name.
@@ -78,6 +79,7 @@ class Work:
     rate: float
     proximal: float
     masked_outputs: bool
+    verify: bool
     model: str
     settings: Mapping[str, Value]
     trained: tuple[str, ...]
@@ -191,6 +193,7 @@ _WORK = {
     "rate": float,
     "proximal": float,
     "masked_outputs": bool,
+    "verify": bool,
     "model": str,
 }
 """Fields of a work that are plain values."""

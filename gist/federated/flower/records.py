@@ -55,7 +55,8 @@ def from_content(content: Any) -> Records:
     """
     try:
         arrays = {name: array.numpy() for name, array in content["arrays"].items()}
-        assert all(isinstance(array, np.ndarray) for array in arrays.values()), "no archives"
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise TypeError("an archive is no array")
         return Records(
             arrays=arrays, config=dict(content["config"]), metrics=dict(content["metrics"])
         )

@@ -45,7 +45,7 @@ class Client:
     def failed(self, now: float) -> None:
         """Rests, twice as long with every answer that is of no use."""
         self.failures += 1
-        self.rests_until = now + min(2.0**self.failures, _LONGEST_REST)
+        self.rests_until = now + min(2.0 ** min(self.failures, 10), _LONGEST_REST)
 
 
 class Roster:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gist.errors import ConfigError, PartitionError
 from gist.partition import transfer
-from gist.partition.merging import Part
+from gist.partition.parts import Part
 from gist.partition.scores import unit_changes
 from gist.partition.spec import PartitionSpec
 from gist.partition.streams import stream
@@ -104,7 +104,7 @@ class Selection(ABC):
     """Whether :meth:`ServerView.initial` is asked for."""
 
     needs_start: ClassVar[bool] = False
-    """Whether :meth:`observe` asks what was sent: :attr:`~gist.partition.merging.Part.start`."""
+    """Whether :meth:`observe` asks what was sent: :attr:`~gist.partition.parts.Part.start`."""
 
     def count(self, size: int, request: Request) -> int:
         """How many units of a group a client is sent, at least one.
@@ -226,13 +226,3 @@ def require_share(name: str, value: float, *, zero: bool = True) -> None:
     """
     if not 0 <= value <= 1 or (value == 0 and not zero):
         raise ConfigError(f"{name} must be in {'[' if zero else '('}0, 1]", got=repr(value))
-
-
-def require_count(name: str, value: int | None) -> None:
-    """Refuses what is no number of things, from 1 on.
-
-    Raises:
-        ConfigError: a value below 1, or of another kind.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a whole number from 1 on", got=repr(value))

@@ -33,13 +33,13 @@ class AdaptiveDropout(Selection):
 
     Bouacida et al., 2020 (arXiv 2011.04050). Where the loss of a client's last task was below that
     of the one before, it is sent the same units again, and their scores have grown by the loss's
-    relative fall, ``(l_before - l) / |l_before|``. Else ``ceil(p n)`` units are drawn without
+    relative fall, ``(l_before - l) / l_before``. Else ``ceil(p n)`` units are drawn without
     replacement, in proportion to their scores, which start at 1. Merged by
     :class:`~gist.partition.merging.CountMean`.
 
     As implemented here, where the paper's details were not at hand: the loss is that of the last
-    local step; scores start at 1, so that all units are equally likely at first; a loss that is not
-    finite counts as one that did not fall.
+    local step; scores start at 1, so that all units are equally likely at first; a loss that falls
+    below zero has fallen by 1 at most.
 
     Attributes:
         per_client: Whether every client has scores of its own, ``8 n`` bytes each and as many for
@@ -75,10 +75,9 @@ class AdaptiveDropout(Selection):
             if fell and units.numel() < size:
                 key = f"{who}.scores/{group}"
                 scores = state.get(key, torch.ones(size, dtype=torch.float64)).cpu().clone()
-                scores[units] += (before - loss) / abs(before)
+                scores[units] += 1.0 if loss < 0 else (before - loss) / before
                 state[key], state[f"{who}.kept/{group}"] = scores, units.clone()
-        if math.isfinite(loss):
-            state[f"{who}.loss"] = torch.tensor(loss, dtype=torch.float64)
+        state[f"{who}.loss"] = torch.tensor(loss, dtype=torch.float64)
 
     def _who(self, request: Request) -> str:
         return str(request.client) if self.per_client else "all"
@@ -91,8 +90,8 @@ class Helios(Selection):
     Xu et al., 2021 (arXiv 1912.01684). Of the ``k = ceil(p n)`` units of a client come first those
     that it has left out in ``patience / p`` of its turns or more, the longest first; then the
     ``core k`` whose weights moved most, by L1, when it last trained them; then others, uniformly
-    drawn. Clients that can train everything do. Weigh answers by how much of the model they hold
-    (:class:`~gist.partition.merging.DataMean`) to merge as the paper does.
+    drawn. Clients that can train everything do. Merged by :class:`~gist.partition.merging.DataMean`
+    by volume: how much of the model an answer holds.
 
     As implemented here, where the paper's details were not at hand: the order of the three, the
     contribution of a unit as the L1 change of the weights that it indexes in the client's own

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, require_count
 from gist.federated.selection.base import (
     Report,
     Request,
@@ -21,7 +21,6 @@ from gist.federated.selection.base import (
     Widths,
     changes_in,
     drawn,
-    require_count,
     require_share,
     rounded_up,
 )

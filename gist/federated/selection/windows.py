@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, require_count
 from gist.federated.selection.base import (
     Request,
     Selection,
@@ -15,7 +15,6 @@ from gist.federated.selection.base import (
     State,
     Units,
     Widths,
-    require_count,
     rounded_up,
 )
 from gist.partition.streams import stream

@@ -26,18 +26,18 @@ from gist.partition.spec import Axis
 class OnHeld(nn.Module):
     """A layer that sees only the held features; the others come out as zero.
 
-    Turns a layer over ``k`` held features into one over all ``d``: ``[..., d] -> [..., d]``.
+    Turns a layer over ``k`` held features into one over all ``d``, which lie along ``dim``:
+    ``[..., d, ...] -> [..., d, ...]``.
     """
 
-    def __init__(self, narrowed: nn.Module, held: Tensor) -> None:
+    def __init__(self, narrowed: nn.Module, held: Tensor, dim: int = -1) -> None:
         super().__init__()
-        self.narrowed, self.held = narrowed, held
+        self.narrowed, self.held, self.dim = narrowed, held, dim
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Applies the layer to the held features."""
-        out = torch.zeros_like(x)
-        out[..., self.held] = self.narrowed(x[..., self.held], *args, **kwargs)
-        return out
+        out = self.narrowed(x.index_select(self.dim, self.held), *args, **kwargs)
+        return torch.zeros_like(x).index_copy(self.dim, self.held, out)
 
     def __getattr__(self, name: str) -> Any:
         """What a model reads of the layer besides calling it is the narrowed layer's."""
@@ -151,6 +151,39 @@ class LayerNormRule(Rule):
     def masked(self, module: Any, narrowed: Any, held: Tensor | None) -> nn.Module | None:
         """See :meth:`Rule.masked`: statistics are taken over the held features alone."""
         return None if held is None else OnHeld(narrowed, held)
+
+
+@register_rule(nn.GroupNorm)
+class GroupNormRule(Rule):
+    """With one group, normalises over the channels a subnet holds; with one for each, each alone.
+
+    Affine parameters follow their channel.
+    """
+
+    normalizes = True
+
+    def connect(self, layer: Layer) -> Axis | None:
+        """See :meth:`Rule.connect`. Other groups would fall apart where channels are left out."""
+        norm = layer.module
+        axis = layer.expect_input(norm.num_channels)
+        if axis is not None and norm.num_groups not in (1, norm.num_channels):
+            layer.refuse(
+                f"normalises {norm.num_groups} groups of {norm.num_channels} channels; only one "
+                "group, or one for each channel, can be partitioned"
+            )
+        layer.follow("weight", (0, axis))
+        layer.follow("bias", (0, axis))
+        return axis
+
+    def resize(self, module: Any, input: int | None, output: int | None) -> None:
+        """See :meth:`Rule.resize`."""
+        if input is not None:
+            module.num_groups = 1 if module.num_groups == 1 else input
+            module.num_channels = input
+
+    def masked(self, module: Any, narrowed: Any, held: Tensor | None) -> nn.Module | None:
+        """See :meth:`Rule.masked`: statistics are taken over the held channels alone."""
+        return None if held is None else OnHeld(narrowed, held, dim=1)
 
 
 @register_rule(nn.Embedding)
