@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,docs,dgl,ogb,vision
+EXTRAS := dev,docs,dgl,flower,ogb,vision
 
 # Processes that run the tests side by side, one thread each; 0: in this process.
 TEST_WORKERS ?= 2

@@ -135,7 +135,8 @@ WarmupRounds = Annotated[
 ClientsOption = Annotated[int | None, typer.Option("--clients", help="federated: how many.")]
 InFlight = Annotated[int | None, typer.Option(help="federated: clients that work at a time.")]
 SplitOption = Annotated[
-    str | None, typer.Option("--split", help=f"federated: who has which data: {', '.join(SPLITS)}.")
+    str | None,
+    typer.Option("--split", help=f"federated: who has which data: {', '.join(SPLITS)}, clusters."),
 ]
 FleetOption = Annotated[
     str | None, typer.Option("--fleet", help=f"federated: clients' speeds: {', '.join(FLEETS)}.")
@@ -324,7 +325,8 @@ def train(
     if json_file != Path("-"):
         of = f"m = {_subnets_text(trainer.config.num_subnets)}"
         if (clock := trainer.history[-1].clock) is not None:
-            of = f"{len(trainer.history)} merges in {clock:,.0f} s of the clock"
+            merges = len(trainer.history)
+            of = f"{merges} merge{'s' * (merges != 1)} in {clock:,.0f} s of the clock"
         _console.print(
             f"{summary['dataset']}, {experiment.method}, {of}: "
             f"{trainer.metric} "

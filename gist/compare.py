@@ -15,10 +15,9 @@ from rich.table import Table
 
 from gist.checkpoint import write_atomically
 from gist.config import SubnetSchedule
-from gist.errors import ConfigError
+from gist.errors import ConfigError, one_of
 from gist.experiment import Experiment
 from gist.families.federated import FEDERATED
-from gist.metrics import one_of
 from gist.plan import plan_rounds
 
 _SHORT_NAME = 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -65,3 +67,22 @@ def require_count(name: str, value: Any) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} must be a whole number of at least 1", got=repr(value))
+
+
+def one_of(what: str, value: Any, known: Iterable[Any]) -> None:
+    """Refuses a ``value`` that is not among the ``known`` ones, with those that may be meant.
+
+    Raises:
+        ConfigError: ``value`` is not known.
+    """
+    names = list(known)
+    if value in names:
+        return
+    texts = [str(name) for name in names]
+    close = difflib.get_close_matches(value.lower(), texts, n=1) if isinstance(value, str) else []
+    raise ConfigError(
+        f"unknown {what}",
+        got=repr(value)[:200],
+        expected=" or ".join(texts),
+        remedy=f"did you mean {close[0]!r}?" if close else None,
+    )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gist.csr import is_csr, parts, row_numbers, take_rows
-from gist.errors import ConfigError, DataError
+from gist.errors import DataError, one_of
 
 Task = Literal["multiclass", "multilabel", "binary"]
 Metric = Literal["accuracy", "micro_f1", "roc_auc", "precision@1", "precision@3", "precision@5"]
@@ -30,16 +30,6 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
 
 _CHUNK_ENTRIES = 2**22
 """Outputs that are scored at a time."""
-
-
-def one_of(what: str, value: Any, known: Any) -> None:
-    """Refuses a ``value`` that is not among the ``known`` ones, listing them.
-
-    Raises:
-        ConfigError: ``value`` is not known.
-    """
-    if value not in known:
-        raise ConfigError(f"unknown {what}", got=repr(value), expected=" or ".join(known))
 
 
 def loss(task: Task, logits: Tensor, y: Tensor) -> Tensor:

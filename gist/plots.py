@@ -114,18 +114,22 @@ def held_units(
 
 
 def curves(runs: LabelledRuns, *, metric: str = "metric") -> Figure:
-    """Training loss and validation metric against rounds and against seconds of training.
+    """Training loss and validation metric against rounds, seconds of training, and of the clock.
 
     Args:
         runs: Label and result of each run; runs with the same label share a colour.
         metric: Name of the metric, whose values lie in [0, 1].
 
     Returns:
-        2 x 2 panels; a ring marks each run's best round. Where there is one run only, a line marks
-        each change of its number of subnets.
+        2 x 2 panels; 2 x 3 where a run is federated, the last column of such runs alone. A ring
+        marks each run's best round. Where there is one run only, and it is not federated, a line
+        marks each change of its number of subnets.
     """
+    positions = ["round", "seconds"]
+    if any(record.clock is not None for _, result in runs for record in result.history):
+        positions.append("clock")
     figure = Figure(figsize=(_WIDTH, 5.6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    axes = figure.subplots(2, len(positions), sharex="col", sharey="row")
     labels = list(dict.fromkeys(label for label, _ in runs))
     looks: dict[str, dict[str, Any]] = {
         label: {"color": _LINES[i % len(_LINES)], "linestyle": _DASHES[i // len(_LINES) % 4]}
@@ -143,19 +147,24 @@ def curves(runs: LabelledRuns, *, metric: str = "metric") -> Figure:
             "facecolor": "none",
             "zorder": 3,
         }
-        for column, (position, origin) in enumerate((("round", 1), ("seconds", 0))):
-            above, below = axes[:, column]
+        for position, (above, below) in zip(positions, axes.T, strict=True):
+            origin = 1 if position == "round" else 0
+            # Where there is no clock, x is NaN, and nothing is drawn.
             x = [origin + _all(some, position) for some in (history, evaluated, best)]
             above.plot(x[0], _all(history, "train_loss"), **look)
             below.plot(x[1], 100 * _all(evaluated, "val_metric"), **look)
             below.scatter(x[2], 100 * _all(best, "val_metric"), edgecolor=look["color"], **ring)
-    if len(runs) == 1:
+    if len(runs) == 1 and "clock" not in positions:
         _mark_phases(axes, runs[0][1].history)
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel(f"validation {metric.replace('_', ' ')} (%)")
     axes[1, 0].set_xlabel("round")
     axes[1, 1].set_xlabel("training time (s)")
     axes[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if "clock" in positions:
+        axes[1, 2].set_xlabel("clock (s)")
+        for ax in axes[1]:
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=ax is axes[1, 0]))
     for ax in axes.flat:
         _tidy(ax, grid="both")
     if len(labels) > 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import inspect
+import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,7 @@ from matplotlib.figure import Figure
 from gist import plots
 from gist.checkpoint import write_atomically
 from gist.errors import ConfigError, DataError, PartitionError
+from gist.federated.answers import Answers, read_answers
 from gist.history import TrainResult
 from gist.partition import samplers
 from gist.partition.samplers import Sampler
@@ -76,6 +79,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if not folders:
         raise DataError("a report needs at least one run directory", got="none")
     runs, tables = [], []
+    answers: list[Answers | None] = []
     names = [folder.resolve().name for folder in folders]
     for folder, name in zip(folders, names, strict=True):
         if (folder / "table.json").is_file():
@@ -84,14 +88,17 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
             for row in table["rows"]:
                 label = plots.row_label(row)
                 runs += [read_run(folder / run, label=label) for run in row["runs"]]
+                answers += [None] * len(row["runs"])
         else:
-            runs.append(read_run(folder, name=name if names.count(name) == 1 else str(folder)))
+            run = read_run(folder, name=name if names.count(name) == 1 else str(folder))
+            runs.append(run)
+            answers.append(read_answers(folder, run.result) if _is_federated(run) else None)
     if len(tables) > 1:
         raise DataError("a report holds one comparison at most", got=f"{len(tables)} of them")
     if not runs:
         raise DataError("a comparison without any run", got=folders[0])
 
-    page = _Page(runs, tables[0] if tables else None)
+    page = _Page(runs, answers, tables[0] if tables else None)
     figures = page.figures()
     target = folders[0] if out is None else Path(out)
     images = {
@@ -112,8 +119,13 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 class _Page:
     """Text and figures of a report."""
 
-    def __init__(self, runs: Sequence[Run], table: Mapping[str, Any] | None) -> None:
-        self.runs, self.table = runs, table
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        answers: Sequence[Answers | None],
+        table: Mapping[str, Any] | None,
+    ) -> None:
+        self.runs, self.answers, self.table = runs, answers, table
         self.metric = str(table["metric"] if table else runs[0].config.get("metric", "metric"))
         self.labelled = [(run.label, run.result) for run in runs]
         self.dealt = next((run for run in runs if _was_dealt(run)), None)
@@ -134,10 +146,12 @@ class _Page:
         best = max(self.runs, key=lambda run: run.result.val_metric)
         result, metric = best.result, self.metric.replace("_", " ")
         which = f"Best of {len(self.runs)} runs, {best.name}" if len(self.runs) > 1 else "One run"
+        clock = result.history[-1].clock
+        counted = "" if clock is None else f" and {plots.seconds_text(clock)} of the clock"
         return (
             f"{which}: test {metric} {_percent(result.test_metric).text} at validation {metric} "
             f"{_percent(result.val_metric).text}, after {plots.seconds_text(result.seconds)} "
-            "of training."
+            f"of training{counted}."
         )
 
     def figures(self) -> dict[str, Figure]:
@@ -174,11 +188,12 @@ class _Page:
                 head=head,
                 rows=self._rows(_RESULT),
             ),
+            *self._clients(head),
             Section(
                 title="Curves",
                 figure=images["curves"],
                 caption="Mean training loss of the subnets, and validation metric of the merged "
-                "model. A ring marks the best round.",
+                f"model. A ring marks the best round.{self._clocked}",
             ),
             self._partition(images),
             Section(
@@ -187,14 +202,14 @@ class _Page:
                 caption="Left: where the time went. Right: parameters that a subnet of the last "
                 "round trains, as a share of the global model.",
                 head=head,
-                rows=self._rows(_COST),
+                rows=self._rows(_COST if None in self.answers else _FEDERATED_COST),
             ),
             Section(title="Settings", head=head, rows=self._settings()),
             Section(
                 title="Versions and command",
                 text="" if known else "The command is not recorded: the run was started in Python.",
                 head=head,
-                rows=self._described("versions"),
+                rows=self._described([run.config["versions"] for run in self.runs]),
                 commands=known,
             ),
         ]
@@ -203,6 +218,38 @@ class _Page:
         return [
             Row(name, [cell(run.result) for run in self.runs]) for name, cell in columns.items()
         ]
+
+    def _clients(self, head: Sequence[str]) -> Iterable[Section]:
+        if not any(self.answers):
+            return
+        counted = {kind for known in self.answers if known for kind in known.events}
+        kinds = dict.fromkeys([*_WRONG, *sorted(counted - {"sent", "merged"})])
+        metric = self.metric.replace("_", " ")
+        columns: dict[str, Callable[[Answers], Cell]] = {
+            **_CLIENTS,
+            f"{metric} on clients' own data, mean": lambda a: _share(a.mean),
+            f"{metric} on clients' own data, worst": lambda a: _share(a.worst),
+            "clients' own data": lambda a: _plain(a.measured_on),
+            **{f"answers {kind}" if kind in _WRONG else kind: _happened(kind) for kind in kinds},
+        }
+        yield Section(
+            title="Clients",
+            text="A round is a merge of the server. The clock is that of clients and network; "
+            "training time is what this machine took.",
+            head=head,
+            rows=[
+                Row(name, [Cell("–") if known is None else cell(known) for known in self.answers])
+                for name, cell in columns.items()
+            ],
+        )
+
+    @property
+    def _clocked(self) -> str:
+        """What the caption of the curves says of the clock."""
+        if not any(self.answers):
+            return ""
+        alone = "" if all(self.answers) else ", which the federated runs alone have"
+        return f" On the right, against the clock{alone}."
 
     def _comparison(self, images: Mapping[str, str]) -> Iterable[Section]:
         if self.table is None:
@@ -228,11 +275,16 @@ class _Page:
                 caption=f"Which subnet{of} held which unit, round by round, drawn again from the "
                 "seed. Each panel is one group of units.",
             )
-        if all(record.num_subnets == 1 for run in self.runs for record in run.result.history):
+        others = [run for run, sent in zip(self.runs, self.answers, strict=True) if sent is None]
+        if not others:
+            why = "Not drawn: a client holds what its server's strategy sends it."
+        elif all(record.num_subnets == 1 for run in others for record in run.result.history):
             why = "The model was never split: every round had one subnet."
         else:
-            names = dict.fromkeys(str(r.config["settings"]["sampler"]["name"]) for r in self.runs)
+            names = dict.fromkeys(str(r.config["settings"]["sampler"]["name"]) for r in others)
             why = f"Not drawn: the sampler {', '.join(names)} is not one of the package."
+        if 0 < len(others) < len(self.runs):
+            why += " Federated runs are not drawn: a client holds what its server sends it."
         return Section(title="Partition", text=why)
 
     def _settings(self) -> list[Row]:
@@ -240,12 +292,12 @@ class _Page:
             Row(label, [_plain(run.config.get(key)) for run in self.runs])
             for label, key in _HEADLINES.items()
         ]
-        rows += self._described("model_settings") + self._described("settings")
+        rows += self._described([run.config["model_settings"] for run in self.runs])
+        rows += self._described([settings_of(run) for run in self.runs])
         return list({row.label: row for row in reversed(rows)}.values())[::-1]  # the first counts
 
-    def _described(self, part: str) -> list[Row]:
-        """One row for each key of a mapping in the configs."""
-        parts = [run.config[part] for run in self.runs]
+    def _described(self, parts: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """One row for each key of the mappings, of which each run has one."""
         keys = dict.fromkeys(key for values in parts for key in values)
         return [
             Row(key.replace("_", " "), [_plain(values.get(key), key) for values in parts])
@@ -255,6 +307,10 @@ class _Page:
 
 def _percent(value: float) -> Cell:
     return Cell(f"{100 * value:.2f}%", value)
+
+
+def _share(value: float | None) -> Cell:
+    return Cell("–") if value is None or math.isnan(value) else _percent(value)
 
 
 def _spread(row: Mapping[str, Any], split: str) -> Cell:
@@ -277,6 +333,24 @@ def _count(value: float | None) -> Cell:
 
 def _bytes(value: int | None) -> Cell:
     return Cell("–") if value is None else Cell(f"{value / 2**20:,.1f} MiB", value)
+
+
+def _happened(kind: str) -> Callable[[Answers], Cell]:
+    return lambda answers: _count(answers.events.get(kind, 0) if answers.events else None)
+
+
+def _staleness(answers: Answers) -> Cell:
+    mean = answers.mean_staleness
+    text = "–" if mean is None else f"{mean:.2f} merges, at most {max(answers.staleness)}"
+    return Cell(text, mean)
+
+
+def _per_client(answers: Answers) -> Cell:
+    each = answers.per_client
+    if not each:
+        return Cell("–")
+    idle = f"{each.count(0):,} of {len(each):,} clients had none"
+    return Cell(f"{min(each):,} to {max(each):,}; {idle}")
 
 
 def _largest(per_subnet: Any) -> Any:
@@ -335,6 +409,9 @@ _COST: dict[str, Callable[[TrainResult], Cell]] = {
     "rounds": lambda r: _count(len(r.history)),
 }
 
+_FEDERATED_COST = {name: cell for name, cell in _COST.items() if not name.startswith("bytes")}
+"""Bytes are among the rows of clients."""
+
 _COMPARISON: dict[str, Callable[[Mapping[str, Any]], Cell]] = {
     "seeds": lambda row: _count(row["seeds"]),
     "validation": lambda row: _spread(row, "val"),
@@ -349,8 +426,57 @@ _COMPARISON: dict[str, Callable[[Mapping[str, Any]], Cell]] = {
 }
 
 
+_WRONG = ("lost", "refused", "repeated")
+"""Events that are told of every federated run, none or some."""
+
+_CLIENTS: dict[str, Callable[[Answers], Cell]] = {
+    "clock": lambda a: Cell("–") if a.clock is None else _seconds(a.clock),
+    "merges": lambda a: _count(a.merges),
+    "bytes down, to clients": lambda a: _bytes(a.bytes_down),
+    "bytes up, from clients": lambda a: _bytes(a.bytes_up),
+    "tasks sent": _happened("sent"),
+    "answers merged": _happened("merged"),
+    "answers merged, by client": _per_client,
+    "answers that held the rarest unit": lambda a: _count(a.least_coverage),
+    "mean staleness": _staleness,
+}
+
+_IDLE_ANYWHERE = (
+    *("num_subnets", "sampler", "optimizer_state", "store", "executor", "capacities"),
+    *("shared_batches", "backend", "worker_timeout", "memory_limit"),
+)
+_IDLE = {
+    "federated": _IDLE_ANYWHERE,
+    "flower": (
+        *(*_IDLE_ANYWHERE, "epochs", "depth_correction", "compile", "early_stopping"),
+        *("recalibrate_bn", "deterministic", "fast_dev_run", "checkpoint_every"),
+    ),
+}
+"""Settings that play no part in a federated run, by executor."""
+
+
+def _is_federated(run: Run) -> bool:
+    return run.config["executor"] in _IDLE
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Those that play a part, of a federated run with those of its clients first."""
+    settings: dict[str, Any] = run.config["settings"]
+    if not _is_federated(run):
+        return settings
+    own = {**run.config.get("federated", {}), **settings}
+    idle = set(_IDLE[run.config["executor"]])
+    if own.get("duration") is not None:
+        idle |= {"epochs"} if own.get("rounds") else {"epochs", "rounds"}
+    own = {key: value for key, value in own.items() if key not in idle}
+    texts = {key: own[key] for key in ("strategy", "split", "fleet") if key in own}
+    return own | {k: textwrap.shorten(str(v), 200, placeholder=" …") for k, v in texts.items()}
+
+
 def _was_dealt(run: Run) -> bool:
     """Whether units were dealt to several subnets, by a sampler that can be run again."""
+    if _is_federated(run):
+        return False
     several = any(record.num_subnets > 1 for record in run.result.history)
     return several and bool(run.config["groups"]) and _sampler(run) is not None
 

@@ -613,12 +613,13 @@ class SubnetTrainer:
                 if key not in _FREE_ON_RESUME
             }
         flat_theirs, flat_ours = {**theirs, **theirs["settings"]}, {**ours, **ours["settings"]}
-        differ = [k for k in flat_ours if k != "settings" and flat_ours[k] != flat_theirs.get(k)]
-        if differ:
+        for flat in (flat_theirs, flat_ours):
+            del flat["settings"]
+        if differ := _differences(flat_ours, flat_theirs):
             raise CheckpointError(
                 "the checkpoint is of another run",
-                got=", ".join(f"{key}={flat_ours[key]!r}" for key in differ[:3]),
-                expected=", ".join(f"{key}={flat_theirs.get(key)!r}" for key in differ[:3]),
+                got=", ".join(f"{name}={own!r}" for name, own, _ in differ[:3]),
+                expected=", ".join(f"{name}={other!r}" for name, _, other in differ[:3]),
                 remedy="resume with the settings, model and data it was made with",
             )
         if not found.files("model"):
@@ -921,3 +922,15 @@ def _make_folder(folder: Path) -> None:
 def _number(value: float | None) -> float:
     assert value is not None
     return value
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What differs of ours, by the path to it, with both values."""
+    found: list[tuple[str, Any, Any]] = []
+    for name, own in ours.items():
+        other = theirs.get(name)
+        if isinstance(own, dict) and isinstance(other, dict):
+            found += [(f"{name}.{path}", *both) for path, *both in _differences(own, other)]
+        elif own != other:
+            found.append((name, own, other))
+    return found

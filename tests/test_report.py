@@ -13,7 +13,16 @@ import matplotlib
 import numpy as np
 import pytest
 
-from gist import Bernoulli, DataError, DisjointUniform, GISTTrainer, Overlapping
+from gist import (
+    Bernoulli,
+    DataError,
+    DisjointUniform,
+    FederatedTrainer,
+    GISTTrainer,
+    Overlapping,
+)
+from gist.federated.answers import read_answers
+from gist.federated.fleet import Fleet
 from gist.graph.generate import csbm
 from gist.nn import GCN
 from gist.plots import (
@@ -28,7 +37,7 @@ from gist.plots import (
     row_label,
     subnets_text,
 )
-from gist.report import write_report
+from gist.report import settings_of, write_report
 from gist.runs import read_comparison, read_history, read_run
 
 VOID = {"meta", "img", "link", "input", "br", "hr"}
@@ -70,6 +79,18 @@ def train(out: Path, **settings) -> GISTTrainer:
     return trainer
 
 
+def train_clients(out: Path, **settings) -> FederatedTrainer:
+    """Six clients of which some do not answer, or answer twice, or answer garbage."""
+    data = csbm(num_nodes=120, num_features=8, num_classes=3, seed=0)
+    model = GCN(data.num_features, 12, data.num_classes, num_layers=3, dropout=0.0)
+    fleet = replace(Fleet.lognormal(6), lost=0.2, repeated=0.2, corrupt=0.2)
+    given = {"clients": 6, "in_flight": 3, "split": "iid", "fleet": fleet, "strategy": "fedasync"}
+    given |= {"rounds": 12, "local_steps": 2, "progress": False, **settings}
+    trainer = FederatedTrainer(model, data, out=str(out), **given)
+    trainer.fit()
+    return trainer
+
+
 def edit(path: Path, **values) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
@@ -105,6 +126,18 @@ def table(run) -> Path:
     values = {"dataset": "csbm", "metric": "accuracy", "rows": rows, "command": "gist compare csbm"}
     (folder / "table.json").write_text(json.dumps(values))
     return folder
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("federated") / "clients"
+    train_clients(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def clients_report(clients) -> Path:
+    return write_report([clients], clients.parent / "report")
 
 
 @pytest.fixture
@@ -203,6 +236,135 @@ def test_a_page_without_a_heat_map_says_why(copy, tmp_path, change, why):
     page = Page(write_report([copy], tmp_path / "out"))
     assert why in page.text
     assert not (tmp_path / "out" / "partition.png").exists()
+
+
+def test_the_page_of_a_federated_run_holds_what_came_of_its_clients(clients, clients_report):
+    page = Page(clients_report)
+    report = json.loads((clients / "federated.json").read_text())
+    events = report["events"]
+    assert min(events[kind] for kind in ("lost", "refused", "repeated")) > 0
+    assert set(events.values()) <= page.numbers
+    own = report["client_metric"]
+    known = {own["mean"], own["worst"], min(report["least_coverage"].values())}
+    assert (
+        known | {report[k] for k in ("clock", "bytes_down", "bytes_up", "merges")} <= page.numbers
+    )
+    each, staleness = report["merges_per_client"], report["staleness"]
+    late = sum(int(s) * n for s, n in staleness.items()) / sum(staleness.values())
+    assert late > 0
+    assert late in page.numbers
+    assert f"{min(each)} to {max(each)}; {each.count(0)} of 6 clients had none" in page.text
+    assert own["measured_on"] in page.text
+    for label in ("answers lost", "answers refused", "answers repeated"):
+        assert label in page.text
+    assert "bytes sent" not in page.text  # once is enough
+
+
+def test_the_page_of_a_federated_run_shows_no_deal_of_units(clients_report):
+    written = {file.name for file in clients_report.parent.iterdir()}
+    assert written == {"report.html", "curves.png", "cost.png"}
+    assert "Not drawn: a client holds what its server" in Page(clients_report).text
+
+
+def test_the_settings_of_a_federated_run_are_those_that_play_a_part(clients_report):
+    text = Page(clients_report).text
+    for label in ("in flight3", "splitiid", "strategyfedasync", "capacity1.0", "rounds12"):
+        assert label in text
+    assert "fleetFleet(profiles=(ClientProfile(" in text
+    assert all(len(line) < 250 for line in text.splitlines())
+    for label in ("num subnets", "sampler", "optimizer state", "store", "worker timeout"):
+        assert label not in text
+
+
+def test_a_duration_leaves_no_budget_of_rounds(clients):
+    run = read_run(clients)
+    config = run.config | {"federated": run.config["federated"] | {"duration": 60.0}}
+    config["settings"] = config["settings"] | {"rounds": None}
+    settings = settings_of(replace(run, config=config))
+    assert settings["duration"] == 60.0
+    assert not settings.keys() & {"rounds", "epochs"}
+
+
+def test_events_tell_what_the_summary_tells(clients, tmp_path):
+    folder = Path(shutil.copytree(clients, tmp_path / "run"))
+    result = read_run(folder).result
+    told = read_answers(folder, result)
+    (folder / "federated.json").unlink()
+    counted = read_answers(folder, result)
+    for name in ("clock", "merges", "bytes_down", "bytes_up", "events", "staleness"):
+        assert getattr(counted, name) == getattr(told, name)
+    assert counted.mean_staleness == told.mean_staleness
+    assert sorted(counted.per_client) == sorted(told.per_client)
+    assert counted.worst is None
+    (folder / "events.jsonl").unlink()
+    assert read_answers(folder, result).mean_staleness is None
+    assert "mean staleness–" in Page(write_report([folder])).text
+
+
+def test_settings_that_a_server_of_messages_has_no_use_for_are_left_out(clients):
+    run = read_run(clients)
+    settings = settings_of(replace(run, config=run.config | {"executor": "flower"}))
+    assert "early_stopping" not in settings
+    assert "clip_norm" in settings
+
+
+def test_federated_runs_are_drawn_against_their_clock(clients, run):
+    federated, plain = read_run(clients).result, read_run(run).result
+    figure = curves([("a", federated), ("b", plain), ("c", federated)])
+    axes = np.array(figure.axes).reshape(2, 3)
+    assert [ax.get_xlabel() for ax in axes[1]] == ["round", "training time (s)", "clock (s)"]
+    evaluated = [record for record in federated.history if record.val_metric is not None]
+    a, b, c = axes[1, 2].lines
+    assert a.get_xdata().tolist() == c.get_xdata().tolist() == [r.clock for r in evaluated]
+    assert a.get_ydata().tolist() == [100 * record.val_metric for record in evaluated]
+    assert np.isnan(b.get_xdata()).all()
+    assert png(figure).startswith(b"\x89PNG")
+    assert len(curves([("b", plain)]).axes) == 4
+
+
+def test_changing_numbers_of_answers_are_no_phases(clients):
+    result = read_run(clients).result
+    uneven = [replace(record, num_subnets=1 + record.round % 2) for record in result.history]
+    figure = curves([("a", replace(result, history=tuple(uneven)))])
+    assert all(len(ax.lines) == 1 for ax in figure.axes)
+
+
+def test_runs_with_and_without_a_clock_share_a_page(clients, run, tmp_path):
+    page = Page(write_report([clients, run], tmp_path))
+    assert (tmp_path / "partition.png").is_file()
+    assert "of gist-m2 held which unit" in page.text
+    assert "which the federated runs alone have" in page.text
+    for label in ("num subnets", "strategy", "bytes sent", "bytes down"):
+        assert label in page.text
+
+
+def test_a_comparison_and_a_federated_run_share_a_page(clients, table, tmp_path):
+    folder = Path(shutil.copytree(table, tmp_path / "comparison"))
+    (row, _) = json.loads((folder / "table.json").read_text())["rows"]
+    edit(folder / "table.json", rows=[row | {"runs": row["runs"][:1]}])
+    text = Page(write_report([folder, clients])).text
+    assert "never split: every round had one subnet. Federated runs are not drawn" in text
+    assert "mean staleness" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("federated.json", "{"),
+        ("federated.json", "[]"),
+        ("federated.json", "{}"),
+        ("events.jsonl", "[1]"),
+        ("events.jsonl", '{"event": "merged", "client": 1}'),
+    ],
+    ids=["cut", "list", "empty", "no-event", "no-staleness"],
+)
+def test_what_is_damaged_of_a_federated_run_is_named(clients, tmp_path, name, content):
+    folder = Path(shutil.copytree(clients, tmp_path / "run"))
+    (folder / "federated.json").unlink()
+    (folder / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        write_report([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 SCHEDULE = [(0.5, 4), (0.25, 2), (0.25, 1)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from gist.config import FederatedConfig, TrainConfig, split_settings
 from gist.errors import ConfigError
+from gist.federated.strategies import STRATEGIES
 from gist.federated.trainer import FederatedTrainer
 
 FEDERATED = ("asyncdrop", "federated")
@@ -23,7 +24,7 @@ def federated_settings(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     """All settings of a run, as the trainer takes them.
 
     Raises:
-        ConfigError: a strategy other than the method.
+        ConfigError: a strategy other than the method, or none where any may be meant.
     """
     if method == "asyncdrop":
         given = settings.get("strategy", "asyncdrop")
@@ -33,6 +34,8 @@ def federated_settings(method: str, settings: dict[str, Any]) -> dict[str, Any]:
                 got=f"strategy={given!r} with method='asyncdrop'",
                 remedy="use method='federated'",
             )
+    elif "strategy" not in settings:
+        raise ConfigError("method 'federated' needs a strategy", expected=" or ".join(STRATEGIES))
     return settings
 
 

@@ -17,7 +17,7 @@ from gist.config import FederatedConfig, GraphConfig, SampleConfig
 from gist.csr import is_csr
 from gist.errors import ConfigError, DataError
 from gist.federated.local import client_metrics
-from gist.federated.splits import label_counts, make_split, owners_of
+from gist.federated.splits import SPLITS, label_counts, make_split, owners_of
 from gist.graph.client_batches import ClientGraphs, spread_clusters
 from gist.graph.data import GraphData
 from gist.graph.dgl_graph import is_from
@@ -95,6 +95,12 @@ def clients_of_samples(
     """
     if samples.shards:
         raise ConfigError("shards are those of subnets; clients have a split", remedy="give split")
+    if config.split == "clusters":
+        raise ConfigError(
+            "clusters are of the nodes of a graph, and these are samples",
+            got="split='clusters'",
+            expected=" or ".join(SPLITS),
+        )
     labels = data.labels(data.train)
     parts = make_split(config.split).split(labels, config.clients, seed=seed)
     objective = SampleObjective(
@@ -133,7 +139,9 @@ def clients_of_graph(
     if config.split == "clusters":
         owner = _spread(data, config.clients, seed)
     else:
-        parts = make_split(config.split).split(data.y, config.clients, seed=seed)
+        parts = make_split(config.split, others=["clusters"]).split(
+            data.y, config.clients, seed=seed
+        )
         owner = owners_of(parts, data.num_nodes)
     order = torch.argsort(owner, stable=True)
     parts = torch.split(order, torch.bincount(owner, minlength=config.clients).tolist())

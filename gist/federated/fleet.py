@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gist.errors import ConfigError
+from gist.errors import ConfigError, one_of
 from gist.partition.streams import stream
 
 
@@ -166,6 +166,9 @@ def make_fleet(fleet: str | Fleet, clients: int, seed: int) -> Fleet:
                 "the fleet has another number of clients", got=len(fleet), expected=clients
             )
         return fleet
-    if not isinstance(fleet, str) or fleet not in FLEETS:
-        raise ConfigError("unknown fleet", got=repr(fleet), expected=" or ".join(FLEETS))
+    if isinstance(fleet, Sequence) and not isinstance(fleet, str):
+        raise ConfigError(
+            "these are no fleet", got=f"a {type(fleet).__name__}", remedy="Fleet(profiles=...)"
+        )
+    one_of("fleet", fleet, FLEETS)
     return FLEETS[fleet](clients, seed=seed)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gist.errors import ConfigError, DataError, require_count
+from gist.errors import ConfigError, DataError, one_of, require_count
 from gist.partition.streams import stream_seed
 
 _DRAWS = 100
@@ -213,7 +213,8 @@ class Given(Split):
     """A split that is there already.
 
     Attributes:
-        parts: The positions of every client's samples; each position is in one of them.
+        parts: The positions of every client's samples among the training samples, from 0 on; of a
+            graph, the numbers of every client's nodes among all. Each is in one of them.
     """
 
     parts: Sequence[Any]
@@ -234,6 +235,7 @@ class Given(Split):
                 "the split was given for another number of clients",
                 got=f"{len(self.parts):,} parts",
                 expected=f"{num_clients:,}",
+                remedy="one part for each of the clients",
             )
         return owners_of(self.parts, len(labels)).numpy()
 
@@ -253,20 +255,27 @@ _NUMBERS: Mapping[str, tuple[str, type]] = {
 """What a number behind the name of a split is."""
 
 
-def make_split(split: str | Split) -> Split:
+def make_split(split: str | Split, *, others: Sequence[str] = ()) -> Split:
     """A split by name, or the given one.
 
     A number may follow the name: of label shards how many a client has, ``"label-shards:5"``; of
     the Dirichlet split its α, ``"dirichlet:0.1"``.
+
+    Args:
+        split: The name, or a split.
+        others: Names that are splits elsewhere, to be listed.
 
     Raises:
         ConfigError: an unknown name, or a number that the split cannot have.
     """
     if isinstance(split, Split):
         return split
-    name, colon, number = split.partition(":") if isinstance(split, str) else ("", "", "")
-    if name not in SPLITS:
-        raise ConfigError("unknown split", got=repr(split), expected=" or ".join(SPLITS))
+    if isinstance(split, Sequence) and not isinstance(split, str):
+        raise ConfigError(
+            "these are no split", got=f"a {type(split).__name__}", remedy="Given(parts=...)"
+        )
+    name, colon, number = split.partition(":") if isinstance(split, str) else (split, "", "")
+    one_of("split", name, [*SPLITS, *others])
     if not colon:
         return SPLITS[name]
     if name not in _NUMBERS:
@@ -307,6 +316,7 @@ def owners_of(parts: Sequence[Tensor], num_samples: int) -> Tensor:
             got=f"{int((~inside).sum()):,} positions out of range, {int((times == 0).sum()):,} in "
             f"no part, {int((times > 1).sum()):,} in several",
             expected=f"0 to {num_samples - 1:,}, each in one part",
+            remedy="of samples, count those of the training split alone; of a graph, all nodes",
         )
     owner = torch.empty(num_samples, dtype=torch.int64)
     owner[positions] = clients

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from gist.errors import ConfigError, require_count
+from gist.errors import ConfigError, one_of, require_count
 from gist.federated.selection import (
     AdaptiveDropout,
     FederatedPruning,
@@ -54,9 +55,17 @@ class Strategy:
     masked_outputs: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.capacity, str):
+            raise ConfigError(
+                "capacity must be a share, or several", got=repr(self.capacity), expected="numbers"
+            )
         levels = self.levels
         if not levels or not all(0 < level <= 1 for level in levels):
-            raise ConfigError("capacity must be shares in (0, 1]", got=self.capacity)
+            raise ConfigError(
+                "capacity must be a share of the units, or several of them, the fastest first",
+                got=self.capacity,
+                expected="above 0, and at most 1",
+            )
         require_count("per_merge", self.per_merge)
         if self.synchronous and self.per_merge != 1:
             raise ConfigError(
@@ -71,6 +80,15 @@ class Strategy:
         """Capacities, the fastest clients' first."""
         given = self.capacity
         return (float(given),) if isinstance(given, int | float) else tuple(map(float, given))
+
+    def to_json(self) -> dict[str, Any]:
+        """Its name, where it is one of :data:`STRATEGIES` but for capacity, else its text."""
+        names = (n for n, s in STRATEGIES.items() if replace(s, capacity=self.capacity) == self)
+        several = not isinstance(self.capacity, int | float)
+        return {
+            "strategy": next(names, repr(self)),
+            "capacity": list(self.levels) if several else self.levels[0],
+        }
 
     def capacities(self, ranks: Sequence[int]) -> list[float]:
         """The capacity of each client, by its place among all by speed."""
@@ -133,6 +151,5 @@ def make_strategy(strategy: str | Strategy) -> Strategy:
     """
     if isinstance(strategy, Strategy):
         return strategy
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ConfigError("unknown strategy", got=repr(strategy), expected=" or ".join(STRATEGIES))
+    one_of("strategy", strategy, STRATEGIES)
     return STRATEGIES[strategy]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from gist.checkpoint import write_atomically
@@ -24,7 +25,7 @@ from gist.config import (
     split_settings,
 )
 from gist.costs.room import Room
-from gist.errors import ConfigError
+from gist.errors import ConfigError, one_of
 from gist.execution.executor import Executor
 from gist.federated.clients import Clients, clients_of_graph, clients_of_samples, is_graph
 from gist.federated.fleet import make_fleet
@@ -43,6 +44,7 @@ from gist.partition.transfer import Selection
 from gist.partition.wiring import Wiring
 from gist.plan import RoundPlan
 from gist.samples.data import SampleData
+from gist.samples.loader_data import LoaderData
 from gist.trainer import SubnetTrainer, device_of
 
 _EPOCHS = 100
@@ -71,12 +73,13 @@ class FederatedTrainer(SubnetTrainer):
         data: Independent samples: a :class:`~gist.SampleData`, or what it is made of; or a graph, a
             :class:`~gist.GraphData`, whose nodes are then spread over the clients.
         wiring: See :class:`~gist.SubnetTrainer`.
-        config: Settings of the training; or give them as keywords.
+        config: Settings of the training; or give them as keywords, of which those that are left out
+            are :attr:`defaults`.
         **settings: The attributes of :class:`~gist.config.FederatedConfig`,
             :class:`~gist.config.TrainConfig`, and :class:`~gist.config.SampleConfig` or
             :class:`~gist.config.GraphConfig`. The budget is ``rounds``, of merges; or ``epochs``,
-            summed over clients; or ``duration``, of the clock. Without ``eval_every`` a run is
-            evaluated about 50 times.
+            summed over clients, 100 by default; or ``duration``, of the clock. Without
+            ``eval_every`` a run is evaluated about 50 times.
 
     Attributes:
         timeline: What happens when.
@@ -109,11 +112,24 @@ class FederatedTrainer(SubnetTrainer):
         **settings: Any,
     ) -> None:
         on_graph = is_graph(data)
+        if isinstance(data, LoaderData | DataLoader):
+            raise ConfigError(
+                "clients are dealt samples, which a loader does not number",
+                got=type(data).__name__,
+                expected="a SampleData, or a pair (x, y)",
+                remedy="give the tensors behind it",
+            )
         self.data: Any = GraphData.of(data) if on_graph else SampleData.of(data)
         kind: Any = GraphConfig if on_graph else SampleConfig
         own, federated, training = split_settings(settings, kind, FederatedConfig, TrainConfig)
         if config is not None and training:
             raise ConfigError("give either config or settings", got=sorted(training))
+        if not isinstance(config, TrainConfig | None):
+            raise ConfigError(
+                "config must be a gist.TrainConfig",
+                got=type(config).__name__,
+                remedy="give the other settings as keywords",
+            )
         self.data_config = kind(**own)
         self.federated = FederatedConfig(**federated)
         self.strategy = make_strategy(self.federated.strategy)
@@ -122,6 +138,8 @@ class FederatedTrainer(SubnetTrainer):
         self._evaluations = None if config or "eval_every" in training else _EVALUATIONS
         if config is None:
             config = TrainConfig.from_settings({**self.defaults, **training})
+        elif config.num_subnets == TrainConfig.num_subnets:
+            config = replace(config, num_subnets=1)
         self._check_settings(config)
         self.fleet = make_fleet(self.federated.fleet, self.federated.clients, config.seed)
         self._costs: dict[tuple[int, ...], tuple[float, int]] = {}
@@ -150,6 +168,7 @@ class FederatedTrainer(SubnetTrainer):
             "sampler": (type(config.sampler), DisjointUniform, "strategy says who holds what"),
             "optimizer_state": (config.optimizer_state, "reset", "a client keeps none"),
             "store": (config.store, "memory", "the model is in memory"),
+            "executor": (config.executor, "auto", "clients are trained one after the other"),
             "capacities": (config.capacities, None, "fleet and capacity say what clients can do"),
         }
         for name, (got, expected, why) in plain.items():
@@ -332,12 +351,12 @@ class FederatedTrainer(SubnetTrainer):
             **super().settings(),
             **self.data_config.to_json(),
             **self.federated.to_json(),
-            "strategy": repr(self.strategy),
+            **self.strategy.to_json(),
         }
 
     def describe(self) -> dict[str, Any]:
         """The run as JSON values: model, groups, settings, batches, clients."""
-        federated = {**self.federated.to_json(), "strategy": repr(self.strategy)}
+        federated = {**self.federated.to_json(), **self.strategy.to_json()}
         return {**super().describe(), **self.clients.describe(), "federated": federated}
 
     @torch.no_grad()
@@ -360,7 +379,13 @@ class FederatedTrainer(SubnetTrainer):
         Args:
             target: The metric, as a number in [0, 1].
             split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Raises:
+            ConfigError: a target out of range, or another split.
         """
+        if not 0 <= target <= 1:
+            raise ConfigError("target must be a metric in [0, 1]", got=target, remedy="0.9 for 90%")
+        one_of("split", split, ("train", "val", "test"))
         for record in self.history:
             reached = getattr(record, f"{split}_metric")
             if reached is not None and reached >= target:
@@ -374,8 +399,13 @@ class FederatedTrainer(SubnetTrainer):
             ``clock``: seconds; ``bytes_down`` and ``bytes_up``; ``staleness``: answers by
             staleness; ``merges_per_client``; ``least_coverage``: merged answers that held the unit
             that fewest held, by group; ``events``: how many of each kind; ``client_metric``, on the
-            clients' own data: ``mean`` and ``worst``.
+            clients' own data: ``mean`` and ``worst``, and which data these are, ``measured_on``.
+
+        Raises:
+            ConfigError: there was no run.
         """
+        if not self.history:
+            raise ConfigError("there is nothing to report on yet", remedy="call fit() first")
         done = len(self.history)
         merged = [event for event in self.server.events if event["event"] == "merged"]
         staleness, per_client = _counts(merged, "staleness"), _counts(merged, "client")

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.utils import coalesce, from_scipy_sparse_matrix, scatter
 
-from gist.errors import ConfigError, DataError
+from gist.errors import ConfigError, DataError, one_of
 from gist.graph.dgl_graph import import_dgl
-from gist.metrics import METRICS, Task, one_of
+from gist.metrics import METRICS, Task
 
 SPLITS = ("train", "val", "test")
 

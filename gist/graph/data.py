@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from gist.errors import ConfigError, DataError
+from gist.errors import ConfigError, DataError, one_of
 from gist.graph import convert, files
 from gist.graph.adjacency import Adjacency
 from gist.graph.convert import SPLITS
 from gist.graph.csv_files import csv_inputs
 from gist.graph.dgl_graph import is_from
-from gist.metrics import METRICS, Metric, Task, is_defined, one_of
+from gist.metrics import METRICS, Metric, Task, is_defined
 
 _SETTINGS = ("task", "metric", "num_classes", "directed", "name")
 _KNOWN = ("is_symmetric", "has_symmetric_pattern", "has_self_loops")

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from gist.errors import ConfigError, DataError
+from gist.errors import ConfigError, DataError, one_of
 from gist.graph import convert
 from gist.graph.data import GraphData
 from gist.graph.dgl_graph import is_from_dgl
 from gist.graph.link_metrics import hits_of, link_metric, rank_scores
 from gist.graph.link_sampling import hold_out, links_of, negatives_for
-from gist.metrics import one_of
 
 HELD_OUT = ("val", "test")
 """Splits whose links are no edges that messages pass along."""

@@ -35,7 +35,8 @@ class AsyncDropTrainer(FederatedTrainer):
         smart: Hetero AsyncDrop; False is Uniform AsyncDrop.
         drop: Share of the units that a client does without.
         alpha: α, the weight of an answer.
-        **settings: As for :class:`FederatedTrainer`, but for ``strategy`` and ``capacity``.
+        **settings: As for :class:`FederatedTrainer`, but for ``strategy`` and ``capacity``. The
+            budget is ``rounds``, of merges, ``epochs``, 100 by default, or ``duration``.
 
     Raises:
         ConfigError: settings that cannot be used.
@@ -59,6 +60,8 @@ class AsyncDropTrainer(FederatedTrainer):
                     got=f"{name}={settings[name]!r}",
                     remedy="use smart, drop and alpha, or gist.FederatedTrainer",
                 )
+        if not isinstance(smart, bool):
+            raise ConfigError("smart must be True or False", got=repr(smart))
         if not 0 <= drop < 1:
             raise ConfigError("drop must be a share in [0, 1)", got=drop)
         strategy = Strategy(

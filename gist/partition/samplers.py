@@ -188,7 +188,7 @@ class Bernoulli(Sampler):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
-            raise ConfigError("keep must be a probability above 0", got=self.keep)
+            raise ConfigError("keep must be a probability in (0, 1]", got=self.keep)
 
     def masks(self, size: int, num_subnets: int, generator: Generator) -> Tensor:
         """What is drawn, before any subnet is given a unit: ``[num_subnets, size]`` bool."""

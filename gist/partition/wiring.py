@@ -82,7 +82,8 @@ def partition_spec(model: nn.Module, wiring: Wiring | None = None) -> PartitionS
                 f"the wiring of {type(model).__name__} is not known",
                 expected="a gist.nn model, a PyG GCN, GraphSAGE, GAT or GIN, or a nn.Sequential",
                 remedy=f"{how_to_wire(model)}; "
-                "or wiring=gist.wire_filters, wiring=gist.wire_blocks for residual networks",
+                "or wiring=gist.wire_filters, wiring=gist.wire_blocks for residual networks, whose "
+                "blocks have a gist.ResidualRule",
             )
         known(model, builder)
     return builder.build()

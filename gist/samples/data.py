@@ -16,8 +16,8 @@ import torch
 from torch import Generator, Tensor
 
 from gist.csr import is_csr, parts, row_numbers, take_rows
-from gist.errors import ConfigError, DataError
-from gist.metrics import Metric, Task, is_defined, one_of
+from gist.errors import ConfigError, DataError, one_of
+from gist.metrics import Metric, Task, is_defined
 from gist.partition.streams import stream
 from gist.samples.convert import (
     SPLITS,

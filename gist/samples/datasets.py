@@ -21,8 +21,7 @@ from gist.catalog.download import fetch
 from gist.catalog.options import every_option
 from gist.catalog.places import find_form, not_there, preparing, sha256, verify
 from gist.catalog.records import MAIN, SampleCard
-from gist.errors import ConfigError, DataError
-from gist.metrics import one_of
+from gist.errors import ConfigError, DataError, one_of
 from gist.samples.convert import SPLITS
 from gist.samples.data import SampleData
 from gist.samples.image_files import (

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gist.csr import is_csr, parts, take_rows
-from gist.errors import DataError
-from gist.metrics import Metric, Task, one_of
+from gist.errors import DataError, one_of
+from gist.metrics import Metric, Task
 from gist.partition.streams import stream
 from gist.samples.convert import SPLITS, check_metric, task_of
 from gist.samples.loaders import (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -117,7 +118,7 @@ class GraphReport:
 
 
 def graph_report(
-    data: GraphData,
+    data: GraphData | Any,
     *,
     num_subnets: int = 2,
     local_steps: int = 20,
@@ -131,7 +132,7 @@ def graph_report(
     and one bipartite block makes it singular.
 
     Args:
-        data: The graph; its labels play no part.
+        data: The graph, or what :meth:`gist.GraphData.of` takes; its labels play no part.
         num_subnets: m.
         local_steps: ζ.
         lr: η; the order that the theorem asks for where it is None.
@@ -139,12 +140,12 @@ def graph_report(
         max_nodes: A larger component is refused.
 
     Raises:
-        DataError: the graph is directed, or has negative weights.
+        DataError: no graph, or one that is directed or has negative weights.
         ConfigError: the component is too large, or ``lr`` is; a number below 1.
     """
     require_count("num_subnets", num_subnets)
     require_count("local_steps", local_steps)
-    data = data.to("cpu")
+    data = GraphData.of(data).to("cpu")
     count, label = connected_components(data.adjacency.to_scipy(), directed=False)
     kept = torch.from_numpy(np.flatnonzero(label == np.bincount(label).argmax()))
     component = data.adjacency.subgraph(kept)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gist.errors import ConfigError, require_count
 from gist.partition.samplers import Bernoulli
-from gist.theory.assumptions import GraphReport, graph_report
 from gist.theory.delay import delayed_rates
 from gist.theory.kernels import Spectrum
 from gist.theory.masked import MaskedTraining
@@ -23,18 +24,6 @@ from gist.theory.noise import noise_floor
 from gist.theory.problem import Network, Problem
 from gist.theory.rates import loss_bound, mode_rates
 from gist.theory.scheme import Scheme
-
-__all__ = [
-    "SCHEMES",
-    "VARIED",
-    "Contraction",
-    "Floor",
-    "GraphReport",
-    "contraction",
-    "default_lr",
-    "floors",
-    "graph_report",
-]
 
 SCHEMES = (
     Scheme.whole(),
@@ -80,7 +69,7 @@ class Contraction:
 
 def contraction(
     problem: Problem | None = None,
-    schemes: Sequence[Scheme] = SCHEMES,
+    schemes: Scheme | Sequence[Scheme] = SCHEMES,
     *,
     width: int = 4000,
     scale: float = 0.5,
@@ -97,7 +86,7 @@ def contraction(
 
     Args:
         problem: Samples; :meth:`~gist.theory.problem.Problem.sphere` where it is None.
-        schemes: What to measure.
+        schemes: What to measure: one, or several.
         width: m.
         scale: κ.
         lr: η; :func:`default_lr` where it is None.
@@ -106,8 +95,15 @@ def contraction(
         seed: Seed of the first.
 
     Raises:
-        ConfigError: a number below 1 of anything.
+        ConfigError: a number below 1 of anything, or what is no scheme.
     """
+    schemes = [schemes] if isinstance(schemes, Scheme) else schemes
+    if not isinstance(schemes, Sequence) or not all(isinstance(each, Scheme) for each in schemes):
+        raise ConfigError(
+            "schemes must be a Scheme, or a sequence of them",
+            got=repr(schemes),
+            expected="such as Scheme.ist(4, 5)",
+        )
     for name, value in (("width", width), ("rounds", rounds), ("repeats", repeats)):
         require_count(name, value)
     problem = problem or Problem.sphere()
@@ -193,7 +189,7 @@ def floors(
 
     Args:
         vary: One of :data:`VARIED`: p, ξ (of Bernoulli masks), τ, m, η, κ or E.
-        values: Its values.
+        values: Its values, a sequence or an array.
         problem: Samples and targets; :meth:`~gist.theory.problem.Problem.sphere` where it is None.
         scheme: Masks and local steps; Bernoulli with ξ = 0.8, p = 4, τ = 1 where it is None.
         width: m.
@@ -207,19 +203,23 @@ def floors(
         One record for each value.
 
     Raises:
-        ConfigError: something that cannot be varied, or a setting that cannot be used.
+        ConfigError: something that cannot be varied, or a value or setting that cannot be used;
+            all but steps too large or too small are refused before any training.
         DivergedError: the training diverged.
     """
-    if not values or not all(math.isfinite(value) for value in values):
-        raise ConfigError(f"there must be values of {vary}, all of them finite", got=values)
+    if vary not in VARIED:
+        raise ConfigError(
+            "this cannot be varied", got=repr(vary), expected=f"one of {', '.join(VARIED)}"
+        )
+    numbers = _numbers(vary, values)
     require_count("averaged", averaged)
     problem = problem or Problem.sphere()
     scheme = scheme or Scheme.multi_sample_dropout(0.8, 4)
-    if vary not in VARIED or (vary == "keep" and scheme.exclusive):
+    if vary == "keep" and scheme.exclusive:
         raise ConfigError(
-            "this cannot be varied",
-            got=f"{vary!r}, with {scheme}",
-            expected=f"one of {', '.join(VARIED)}; keep, ξ, of Bernoulli masks alone",
+            "keep, ξ, can be varied of Bernoulli masks alone",
+            got=f"scheme: {scheme}",
+            remedy="give a scheme such as Scheme.dropout(0.5), or vary num_subnets: ξ is 1/p here",
         )
     case: dict[str, Any] = {
         "scheme": scheme,
@@ -228,21 +228,29 @@ def floors(
         "scale": problem.num_samples**-0.5 if scale is None else scale,
         "delay": delay,
     }
-    out = []
-    for given in values:
-        value = given if vary in ("keep", "lr", "scale") else _whole(vary, given)
+    runs = []
+    for number in numbers:
+        value = number if vary in ("keep", "lr", "scale") else _whole(vary, number)
         changed: dict[str, Any] = {vary: value}
         if vary == "keep":
             changed = {"scheme": replace(scheme, sampler=Bernoulli(value))}
         elif vary in ("num_subnets", "local_steps"):
             changed = {"scheme": replace(scheme, **changed)}
         this = {**case, **changed}
-        found = _floor(problem, **this, averaged=averaged, seed=seed)
-        out.append(Floor(varied=vary, value=value, name=str(this["scheme"]), **this, **found))
-    return out
+        runs.append((value, this, _training(problem, **this, seed=seed)))
+    return [
+        Floor(
+            varied=vary,
+            value=value,
+            name=str(this["scheme"]),
+            **this,
+            **_floor(training, this["delay"], averaged),
+        )
+        for value, this, training in runs
+    ]
 
 
-def _floor(
+def _training(
     problem: Problem,
     *,
     scheme: Scheme,
@@ -250,16 +258,20 @@ def _floor(
     lr: float,
     scale: float,
     delay: int,
-    averaged: int,
     seed: int,
-) -> dict[str, Any]:
+) -> MaskedTraining:
     network = Network.draw(width, problem.dim, scale=scale, seed=seed)
+    return MaskedTraining(problem, network, scheme, lr=lr, delay=delay, seed=seed)
+
+
+def _floor(training: MaskedTraining, delay: int, averaged: int) -> dict[str, Any]:
+    problem, network = training.problem, training.network
+    scheme, lr = training.scheme, training.lr
     values = _eigenvalues(problem, network)
     unmasked = replace(problem, y=problem.y / scheme.keep)
     fit = MaskedTraining(unmasked, network, Scheme.whole(), lr=1 / float(values[-1]))
     fit.fit(_rounds_to_settle(fit.scheme, fit.lr, values))
     values = scheme.keep * _eigenvalues(problem, fit.network)
-    training = MaskedTraining(problem, network, scheme, lr=lr, delay=delay, seed=seed)
     training.fit(_rounds_to_settle(scheme, lr, values, delay))
     losses = training.fit(averaged).square().sum(dim=1)
     return {
@@ -272,6 +284,22 @@ def _floor(
 def default_lr(problem: Problem) -> float:
     """``0.5 / λ_max`` of the infinitely wide kernel without masks."""
     return 0.5 / Spectrum.of(problem.kernel(), vectors=False).largest
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    """The values as Python's own numbers, so that records are JSON."""
+    given = values.tolist() if isinstance(values, np.ndarray) else values
+    fits = isinstance(given, Sequence) and all(
+        isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        for value in given
+    )
+    if not fits or not len(given):
+        raise ConfigError(
+            f"values of {name} must be finite numbers, at least one",
+            got=repr(values),
+            expected="a sequence or an array of them, such as (1, 2, 4)",
+        )
+    return [float(value) for value in given]
 
 
 def _whole(name: str, value: float) -> int:

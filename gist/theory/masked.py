@@ -60,7 +60,8 @@ class MaskedTraining:
         rounds: Rounds that are done.
 
     Raises:
-        ConfigError: η is no positive number, or a delay that cannot be.
+        ConfigError: a network of other dimensions than the samples, η is no positive number, or a
+            delay that cannot be.
     """
 
     def __init__(
@@ -73,6 +74,13 @@ class MaskedTraining:
         delay: int = 0,
         seed: int = 0,
     ) -> None:
+        if network.weight.size(1) != problem.dim:
+            raise ConfigError(
+                "the network must take as many features as the samples have",
+                got=f"a network of {network.weight.size(1)}",
+                expected=problem.dim,
+                remedy="Network.draw(width, problem.dim, scale=...)",
+            )
         if not lr > 0:
             raise ConfigError("lr must be a positive number", got=lr)
         whole = isinstance(delay, int) and not isinstance(delay, bool)
@@ -119,12 +127,22 @@ class MaskedTraining:
     def fit(self, rounds: int) -> Tensor:
         """Trains for some rounds.
 
+        Args:
+            rounds: R; 0 measures alone.
+
         Returns:
             ``[R + 1, n]`` residuals ``y - u``: before the first round, and after each.
 
         Raises:
+            ConfigError: ``rounds`` is no whole number from 0 on.
             DivergedError: they are not finite in the end.
         """
+        if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 0:
+            raise ConfigError(
+                "rounds must be a whole number from 0 on",
+                got=repr(rounds),
+                remedy="0 gives the residuals as they are",
+            )
         residuals = torch.empty(rounds + 1, self.problem.num_samples, dtype=torch.float64)
         residuals[0] = self.residual()
         for i in range(1, rounds + 1):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gist.errors import ConfigError, DataError
+from gist.errors import ConfigError, DataError, require_count
+from gist.graph.convert import as_tensor
 from gist.partition.streams import stream
 from gist.theory.kernels import activation_kernel, finite_ntk, ntk
 
@@ -22,14 +23,16 @@ from gist.theory.kernels import activation_kernel, finite_ntk, ntk
 class Problem:
     """Fixed samples and targets, seen as a whole in every step.
 
+    Each may be a tensor, an array or lists, and is made a tensor of float64.
+
     Attributes:
-        x: ``[n, d]``, made float64.
-        y: ``[n]``, made float64.
+        x: ``[n, d]``.
+        y: ``[n]``.
         propagation: ``[n, n]`` symmetric, multiplied with the outputs of all samples; None for the
             identity. A graph's is Ā (:func:`~gist.theory.graph_kernels.graph_problem`).
 
     Raises:
-        DataError: shapes that do not fit, or values that are not finite.
+        DataError: no dense real numbers, shapes that do not fit, or values that are not finite.
     """
 
     x: Tensor
@@ -37,22 +40,61 @@ class Problem:
     propagation: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.x)
-        for name, shape in (("x", (n, self.x.size(-1))), ("y", (n,)), ("propagation", (n, n))):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if value.shape != shape or not n or not bool(torch.isfinite(value).all()):
+        x, y = as_tensor("x", self.x), as_tensor("y", self.y)
+        if x.dim() != 2 or not x.numel():
+            raise DataError(
+                "x must have a row for each sample and a column for each feature",
+                got=f"shape {tuple(x.shape)}",
+                expected="shape [n, d], both at least 1",
+                remedy="a single feature is x[:, None], a single sample x[None]",
+            )
+        if y.shape != (len(x),):
+            raise DataError(
+                "y must have one target for each row of x",
+                got=f"shape {tuple(y.shape)}",
+                expected=f"shape ({len(x)},)",
+                remedy="y[:, 0] if it is a column" if y.shape == (len(x), 1) else None,
+            )
+        self._set("x", x)
+        self._set("y", y)
+        if self.propagation is not None:
+            matrix = as_tensor("propagation", self.propagation)
+            if matrix.shape != (len(x), len(x)):
                 raise DataError(
-                    f"{name} must hold finite numbers",
-                    got=f"shape {tuple(value.shape)}",
-                    expected=f"shape {shape}",
+                    "propagation must have a row and a column for each row of x",
+                    got=f"shape {tuple(matrix.shape)}",
+                    expected=f"shape ({len(x)}, {len(x)})",
+                    remedy="graph_problem makes it of a graph",
                 )
-            object.__setattr__(self, name, value.double())
+            self._set("propagation", matrix)
+
+    def _set(self, name: str, value: Tensor) -> None:
+        if value.is_complex():
+            raise DataError(
+                f"{name} must hold real numbers", got=value.dtype, remedy=f"give {name}.real"
+            )
+        if broken := int((~torch.isfinite(value)).sum()):
+            raise DataError(
+                f"{name} must hold finite numbers",
+                got=f"{broken:,} of {value.numel():,} that are NaN or infinite",
+                remedy="leave the samples out, or fill them in",
+            )
+        object.__setattr__(self, name, value.double())
 
     @classmethod
     def sphere(cls, num_samples: int = 50, dim: int = 20, *, seed: int = 0) -> Problem:
-        """Samples drawn uniformly from the unit sphere, targets of either sign in [0.2, 1]."""
+        """Samples drawn uniformly from the unit sphere, targets of either sign in [0.2, 1].
+
+        Args:
+            num_samples: n.
+            dim: d.
+            seed: The problem depends on this and the sizes alone.
+
+        Raises:
+            ConfigError: a size below 1.
+        """
+        require_count("num_samples", num_samples)
+        require_count("dim", dim)
         generator = stream("theory", "problem", seed)
         x = torch.randn(num_samples, dim, generator=generator, dtype=torch.float64)
         size = 0.2 + 0.8 * torch.rand(num_samples, generator=generator, dtype=torch.float64)

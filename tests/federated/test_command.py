@@ -61,11 +61,12 @@ def test_levels_of_capacity_are_read():
         (["digits-images", "--method", "ist", "--clients", "4"], "'asyncdrop' or 'federated'"),
         (["digits-images", "--method", "asyncdrop", "--strategy", "fedavg"], "not AsyncDrop"),
         (["digits-images", "--method", "asyncdrop", "--subnets", "4"], "in_flight"),
-        (["digits-images", "--method", "federated", "--strategy", "magic"], "unknown strategy"),
-        (["digits-images", "--method", "federated", "--fleet", "fast"], "unknown fleet"),
+        (["digits-images", "--method", "federated"], "needs a strategy"),
+        (["digits-images", "--method", "federated", "--strategy", "fedBuf"], "mean 'fedbuff'?"),
+        (["digits-images", "--method", "asyncdrop", "--fleet", "fast"], "unknown fleet"),
         (["digits-images", "--method", "asyncdrop", "--workers", "2"], "one process"),
     ],
-    ids=["other-method", "other-strategy", "subnets", "strategy", "fleet", "workers"],
+    ids=["other-method", "other-strategy", "subnets", "none", "strategy", "fleet", "workers"],
 )
 def test_what_cannot_be_is_said(arguments, said):
     error = run("train", *arguments).exception

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -702,8 +703,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def deployed(folder: Path, clients: int) -> Iterator[Callable[..., None]]:
-    """A SuperLink and SuperNodes on this machine; gives what runs an app on them."""
+def deployed(
+    folder: Path, clients: int
+) -> Iterator[tuple[Callable[..., None], Callable[[int], None]]]:
+    """A SuperLink and SuperNodes on this machine.
+
+    Gives what runs an app on them, and what kills a client with all its processes.
+    """
     tools, address = Path(sys.executable).parent, f"127.0.0.1:{free_port()}"
     home = folder / "home"
     home.mkdir()
@@ -728,6 +734,11 @@ def deployed(folder: Path, clients: int) -> Iterator[Callable[..., None]]:
             check=True,
         )
 
+    def kill(client: int) -> None:
+        process = started[1 + client]
+        for each in (*process.children(recursive=True), process):
+            each.kill()
+
     try:
         for number, (name, *arguments) in enumerate(commands):
             with (folder / f"{number}.log").open("w") as log:
@@ -737,10 +748,11 @@ def deployed(folder: Path, clients: int) -> Iterator[Callable[..., None]]:
                 )
             if number == 0:
                 wait_for(address)
-        yield run
+        yield run, kill
     finally:
-        every = [each for p in started for each in (*p.children(recursive=True), p)]
-        for process in started:
+        alive = [process for process in started if process.is_running()]
+        every = [each for p in alive for each in (*p.children(recursive=True), p)]
+        for process in alive:
             process.send_signal(signal.SIGINT)
         psutil.wait_procs(started, timeout=10)
         for process in every:
@@ -763,7 +775,7 @@ def test_real_processes_learn_as_much_as_by_the_virtual_clock(digits, tmp_path):
     """The app in `examples/flower` on a SuperLink and two SuperNodes; about 20 s for a merge."""
     pytest.importorskip("flwr")
     merges, out = 4, tmp_path / "run"
-    with deployed(tmp_path, clients=2) as run:
+    with deployed(tmp_path, clients=2) as (run, _):
         run(EXAMPLE, "--run-config", f'rounds={merges} min-clients=2 out="{out}"')
     result = read_run(out).result
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
@@ -790,3 +802,33 @@ def test_real_processes_learn_as_much_as_by_the_virtual_clock(digits, tmp_path):
     # By the virtual clock, six seeds of the run and two fleets gave 0.918 to 0.954.
     assert abs(result.test_metric - virtual.test_metric) < 0.06
     assert result.test_metric > 0.87
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_client_that_is_killed(tmp_path):
+    pytest.importorskip("flwr")
+    out = tmp_path / "run"
+
+    def read() -> list[dict]:
+        path = out / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def kill_once_merged(client: int, kill: Callable[[int], None]) -> None:
+        for _ in range(3000):
+            if any(e["event"] == "merged" and e["client"] == client for e in read()):
+                kill(client)
+                return
+            time.sleep(0.1)
+
+    with deployed(tmp_path, clients=2) as (run, kill):
+        killer = threading.Thread(target=kill_once_merged, args=(1, kill))
+        killer.start()
+        run(EXAMPLE, "--run-config", f'rounds=7 min-clients=1 timeout=40.0 out="{out}"')
+        killer.join()
+    events = read()
+    assert len(read_run(out).result.history) == 7
+    first = next(n for n, e in enumerate(events) if e["event"] == "merged" and e["client"] == 1)
+    later = [(e["event"], e["client"]) for e in events[first + 1 :]]
+    assert ("merged", 1) not in later[3:], "what it had under way may still have come"
+    assert {("lost", 1), ("left", 1)} & set(later), "it is noticed, and logged"
+    assert later.count(("merged", 0)) >= 3

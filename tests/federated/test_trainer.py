@@ -387,7 +387,27 @@ def test_time_to_a_target(digits):
     best = max(record.test_metric for record in trainer.history)
     first = next(r.clock for r in trainer.history if r.test_metric == best)
     assert trainer.time_to(best) == first
-    assert trainer.time_to(1.1) is None
+    assert best < 1
+    assert trainer.time_to(1.0) is None
+    for target, split in ((90, "test"), (0.9, "tset")):
+        with pytest.raises(ConfigError, match=r"target must be|unknown split.*did you mean 'test'"):
+            trainer.time_to(target, split)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "capacity"),
+    [
+        (STRATEGIES["fedbuff"], "fedbuff", 1.0),
+        (STRATEGIES["fjord"], "fjord", [1.0, 0.5, 0.25, 0.125, 0.0625]),
+        (dataclasses.replace(STRATEGIES["afd"], capacity=(1, 0.5)), "afd", [1.0, 0.5]),
+        (dataclasses.replace(STRATEGIES["fedprox"], proximal=0.5), "Strategy(selection=", 1.0),
+    ],
+    ids=["named", "levels", "other-capacity", "own"],
+)
+def test_a_strategy_is_named_where_it_is_exactly_that(strategy, name, capacity):
+    told = strategy.to_json()
+    assert told["strategy"].startswith(name)
+    assert told["capacity"] == capacity
 
 
 @pytest.mark.parametrize(

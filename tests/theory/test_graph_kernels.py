@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch_geometric.data import Data
 
 from gist import ConfigError, DataError, GraphData, load_dataset
 from gist.graph.adjacency import Adjacency
@@ -218,6 +219,20 @@ def test_large_and_directed_graphs_are_refused():
     negative = Adjacency(torch.tensor([[0, 1], [1, 0]]), 2, torch.tensor([-1.0, -1.0]))
     with pytest.raises(DataError, match="negative"):
         propagation_matrix(negative)
+
+
+def test_other_data_than_a_graph_are_refused():
+    with pytest.raises(DataError, match=r"no graph.* got: SampleData; expected: a GraphData"):
+        graph_report(load_dataset("digits-images"))
+
+
+def test_a_graph_of_pyg_is_taken():
+    data = data_of(nx.complete_graph(7))
+    other = Data(x=data.x, edge_index=data.edge_index, y=data.y)
+    for split in ("train_mask", "val_mask", "test_mask"):
+        other[split] = getattr(data, split)
+    reports = [graph_report(each) for each in (data, other)]
+    assert reports[1] == dataclasses.replace(reports[0], name=reports[1].name)
 
 
 DATA = csbm(num_nodes=200, num_features=300, num_classes=4, average_degree=8)

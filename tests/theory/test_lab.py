@@ -9,6 +9,7 @@ import matplotlib
 import pytest
 import torch
 
+from gist.errors import ConfigError
 from gist.plots import png
 from gist.theory import (
     SCHEMES,
@@ -41,6 +42,18 @@ def test_every_mode_has_the_same_share_at_the_start():
     (record,) = contraction(problem, schemes, width=20_000, rounds=1, repeats=1)
     errors = torch.tensor(record.measured) - torch.tensor(record.predicted)
     assert errors.abs().max() < 0.02
+
+
+def test_one_scheme_is_a_series_of_one():
+    case = {"width": 100, "rounds": 1, "repeats": 1}
+    scheme = Scheme.ist(2, 2)
+    assert contraction(PROBLEM, scheme, **case) == contraction(PROBLEM, [scheme], **case)
+
+
+@pytest.mark.parametrize("schemes", ["ist", 3, ["ist"]], ids=["word", "number", "words"])
+def test_other_schemes_are_not_measured(schemes):
+    with pytest.raises(ConfigError, match="schemes must be a Scheme, or a sequence of them"):
+        contraction(PROBLEM, schemes)
 
 
 def test_records_are_json():

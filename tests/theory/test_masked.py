@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -83,7 +83,6 @@ def test_03_fast_rounds_are_the_naive_ones(problem, width, num_subnets, steps, s
 def test_03_it_is_what_the_engine_does_to_a_model():
     torch.manual_seed(0)
     problem, width, steps, lr = Problem.sphere(12, 5), 40, 3, 0.05
-    layers = nn.Linear(5, width, bias=False), nn.ReLU(), nn.Linear(width, 1, bias=False)
     layers = nn.Linear(5, width, bias=False), nn.ReLU(), nn.Linear(width, 1, bias=False)
     model = nn.Sequential(*layers).double()
     first, last = (layer.weight.detach().clone() for layer in (model[0], model[2]))
@@ -284,20 +283,96 @@ def test_other_schemes_are_refused(settings):
         Scheme(**settings)
 
 
-def test_what_cannot_be_trained_is_refused():
-    net = network(10)
-    with pytest.raises(ConfigError, match="positive"):
-        MaskedTraining(PROBLEM, net, Scheme.whole(), lr=0.0)
-    with pytest.raises(ConfigError, match="late"):
-        MaskedTraining(PROBLEM, net, Scheme.ist(2, 2), lr=LR, delay=1)
-    with pytest.raises(ConfigError, match="delay"):
-        MaskedTraining(PROBLEM, net, Scheme.ist(2, 1), lr=LR, delay=1).traced_round()
+def training(*, scheme: Scheme | None = None, dim: int = PROBLEM.dim, **settings) -> MaskedTraining:
+    net = Network.draw(10, dim, scale=1.0)
+    return MaskedTraining(PROBLEM, net, scheme or Scheme.whole(), **{"lr": LR, **settings})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: training(lr=0.0), "lr must be a positive number"),
+        (lambda: training(scheme=Scheme.ist(2, 2), delay=1), "rounds late"),
+        (lambda: training(delay=1).traced_round(), "where there is a delay"),
+        (lambda: training(dim=9), "as many features.* got: a network of 9; expected: 20"),
+        (lambda: training().fit(-1), "rounds must be a whole number from 0 on; got: -1"),
+        (lambda: training().fit(1.5), "rounds must be a whole number from 0 on; got: 1.5"),
+        (lambda: Network.draw(0, 3, scale=1.0), "scale"),
+        (lambda: Scheme.dropout(1.5), "keep must be a probability"),
+        (lambda: Problem.sphere(0), "num_samples must be a whole number of at least 1; got: 0"),
+        (lambda: Problem.sphere(dim=0), "dim must be a whole number of at least 1; got: 0"),
+    ],
+    ids=[
+        "step",
+        "late steps",
+        "late trace",
+        "dim",
+        "rounds below 0",
+        "half rounds",
+        "neurons",
+        "keep",
+        "no samples",
+        "no features",
+    ],
+)
+def test_what_cannot_be_trained_is_refused(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_steps_that_are_too_large_diverge():
     with pytest.raises(DivergedError, match="lower lr"):
-        MaskedTraining(PROBLEM, net, Scheme.whole(), lr=1e6).fit(200)
-    with pytest.raises(ConfigError, match="scale"):
-        Network.draw(0, 3, scale=1.0)
-    broken = copy.copy(PROBLEM.x)
-    broken[0, 0] = float("nan")
-    for x, y in ((broken, PROBLEM.y), (PROBLEM.x, PROBLEM.y[1:]), (PROBLEM.x[0], PROBLEM.y)):
-        with pytest.raises(DataError):
-            Problem(x=x, y=y)
+        training(lr=1e6).fit(200)
+
+
+def test_no_rounds_are_the_residuals_as_they_are():
+    still = training()
+    assert torch.equal(still.fit(0), still.residual()[None])
+    assert still.rounds == 0
+
+
+X, Y = PROBLEM.x[:4, :3], PROBLEM.y[:4]
+BROKEN = torch.tensor([1.0, float("nan"), float("inf"), 0.0])
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"x": X[0]}, r"x must have a row for each sample.* got: shape \(3,\)"),
+        ({"x": X[:0], "y": Y[:0]}, r"x must have a row for each sample.* got: shape \(0, 3\)"),
+        ({"y": Y[1:]}, r"y must have one target.* got: shape \(3,\); expected: shape \(4,\)"),
+        ({"y": Y[:, None]}, r"got: shape \(4, 1\).* remedy: y\[:, 0\]"),
+        ({"propagation": torch.eye(3)}, r"propagation must have a row and a column"),
+        ({"x": X * BROKEN[:, None]}, "x must hold finite numbers; got: 6 of 12"),
+        ({"y": BROKEN}, "y must hold finite numbers; got: 2 of 4"),
+        ({"propagation": torch.diag(BROKEN)}, "propagation must hold finite numbers"),
+        ({"x": X + 1j}, "x must hold real numbers"),
+        ({"x": X.to_sparse()}, "x cannot be read as a dense array of numbers"),
+        ({"y": ["a", "b", "c", "d"]}, "y cannot be read as a dense array of numbers"),
+    ],
+    ids=[
+        "one sample",
+        "no samples",
+        "length",
+        "column",
+        "matrix",
+        "x not finite",
+        "y not finite",
+        "matrix not finite",
+        "complex",
+        "sparse",
+        "words",
+    ],
+)
+def test_other_problems_are_refused(parts, said):
+    with pytest.raises(DataError, match=said):
+        Problem(**{"x": X, "y": Y, **parts})
+
+
+def test_arrays_and_lists_are_taken():
+    wanted = Problem(x=X, y=Y, propagation=torch.eye(4))
+    for made in (
+        Problem(x=X.numpy(), y=Y.numpy(), propagation=np.eye(4)),
+        Problem(x=X.tolist(), y=Y.tolist(), propagation=np.eye(4).tolist()),
+    ):
+        assert all(torch.equal(getattr(made, n), getattr(wanted, n)) for n in vars(wanted))

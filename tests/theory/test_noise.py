@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,15 +164,63 @@ def test_the_order_of_categorical_masks_is_the_papers():
     assert categorical_order(Scheme.ist(3, 7), **settings | {"smallest": 0.0}) == math.inf
 
 
-def test_series_that_cannot_be_are_refused():
-    with pytest.raises(ConfigError, match="varied"):
-        floors("depth", (1, 2), problem=PROBLEM)
-    with pytest.raises(ConfigError, match="Bernoulli"):
-        floors("keep", (0.5,), problem=PROBLEM, scheme=Scheme.ist(2, 1))
+@pytest.mark.parametrize(
+    ("vary", "values", "said"),
+    [
+        ("depth", (1, 2), "cannot be varied; got: 'depth'; expected: one of num_subnets"),
+        ("keep", (0.5,), "Bernoulli masks alone; got: scheme: IST, p = 2"),
+        ("width", ("a",), r"values of width must be finite numbers.* got: \('a',\)"),
+        ("width", "12", "values of width must be finite numbers"),
+        ("width", 50, "values of width must be finite numbers.* got: 50; expected: a sequence"),
+        ("width", (), "values of width must be finite numbers, at least one"),
+        ("lr", (0.1, math.nan), "values of lr must be finite numbers"),
+        ("lr", np.array([[0.1]]), "values of lr must be finite numbers"),
+        ("width", (50, True), "values of width must be finite numbers"),
+        ("width", (50, 30.5), "width must be a whole number; got: 30.5"),
+        ("width", (50, 0), "a network needs neurons"),
+        ("num_subnets", (1, 0), "num_subnets must be a whole number of at least 1"),
+        ("delay", (0, -1), "delay a whole number from 0 on"),
+        ("lr", (0.1, -0.1), "lr must be a positive number"),
+    ],
+    ids=[
+        "thing",
+        "mask",
+        "word",
+        "text",
+        "bare number",
+        "none",
+        "not finite",
+        "table",
+        "truth",
+        "half a neuron",
+        "no neuron",
+        "no subnet",
+        "early",
+        "backwards",
+    ],
+)
+def test_series_that_cannot_be_are_refused_before_any_training(vary, values, said, monkeypatch):
+    monkeypatch.setattr(MaskedTraining, "fit", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ConfigError, match=said):
+        floors(vary, values, problem=PROBLEM, scheme=Scheme.ist(2, 1))
+
+
+def test_only_where_the_scheme_matters_it_is_named():
+    with pytest.raises(ConfigError) as refused:
+        floors("depth", (1, 2), scheme=Scheme.ist(2, 1))
+    assert "IST" not in str(refused.value)
+
+
+def test_arrays_of_values_are_taken():
+    case = {"problem": PROBLEM, "width": 100, "averaged": 5}
+    assert floors("lr", np.array([LR]), **case) == floors("lr", [LR], **case)
+    (record,) = floors("num_subnets", np.array([2]), **case)
+    assert type(record.value) is int
+
+
+def test_series_that_do_not_settle_are_refused():
     with pytest.raises(ConfigError, match="another lr"):
         floors("delay", (30,), problem=PROBLEM, width=100)
-    with pytest.raises(ConfigError, match="whole number"):
-        floors("width", (30.5,), problem=PROBLEM)
     parallel = Problem(x=PROBLEM.x[[0, 0, 1]], y=PROBLEM.y[:3])
     with pytest.raises(ConfigError, match="parallel"):
         floors("width", (50,), problem=parallel)

@@ -162,8 +162,11 @@ class Coordinator:
             "tensors": {n: [str(t.dtype), *t.shape] for n, t in model_tensors(self.model).items()},
             "groups": self.spec.sizes,
             "executor": "flower",
-            "settings": {**self.config.to_json(), **self.deployment.to_json()},
-            "strategy": repr(self.strategy),
+            "settings": {
+                **self.config.to_json(),
+                **self.deployment.to_json(),
+                **self.strategy.to_json(),
+            },
         }
 
     def _is_over(self) -> bool:

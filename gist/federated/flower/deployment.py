@@ -49,6 +49,5 @@ class Deployment:
                 raise ConfigError(f"{name} must be a positive number of seconds", got=repr(value))
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; a strategy by its text."""
-        strategy = self.strategy if isinstance(self.strategy, str) else repr(self.strategy)
-        return {**vars(self), "strategy": strategy}
+        """The settings as JSON values; strategy and capacity are for the strategy to tell."""
+        return {k: v for k, v in vars(self).items() if k not in ("strategy", "capacity")}

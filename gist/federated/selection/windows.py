@@ -26,7 +26,10 @@ Turn = Literal["merges", "turns"]
 class Prefix(Selection):
     """HeteroFL: the first ``ceil(p K)`` of the ``K`` units of a group, always.
 
-    Diao et al., ICLR 2021; merged by :class:`~gist.partition.merging.CountMean`.
+    Diao et al., ICLR 2021; merged by :class:`~gist.partition.merging.CountMean`. The other parts of
+    HeteroFL are settings: its scaler of activations is ``width_correction``, its static BatchNorm
+    ``recalibrate_bn`` (the default), its clipping ``clip_norm=1.0`` (not the default), its masked
+    loss :attr:`~gist.federated.strategies.Strategy.masked_outputs` (so in the strategy).
     """
 
     def choose(self, widths: Widths, request: Request, view: ServerView, state: State) -> Units:
