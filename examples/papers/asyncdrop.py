@@ -1,11 +1,11 @@
 """AsyncDrop against other federated strategies, at equal time of the clock.
 
 The AsyncDrop paper (Dun et al., AISTATS 2023) trains 104 clients with a few labels each; its
-largest accuracies on CIFAR-10, and seconds to 35%, stand beside. By default this is a small network.
-`--fleet asyncdrop` is the clock that the authors assume, on which a client that drops a quarter of
-the units needs a quarter less time; `lognormal`, the default, counts operations and bytes. `best` is
-the largest test accuracy of all evaluations, as the paper has it; `clients_*` are accuracies on the
-clients' own training samples.
+largest accuracies on CIFAR-10, and seconds to 35%, stand beside. By default this is a small
+network. `--fleet asyncdrop` is the clock that the authors assume, on which a client that drops a
+quarter of the units needs a quarter less time; `lognormal`, the default, counts operations and
+bytes. `best` is the largest test accuracy of all evaluations, as the paper has it; `clients_*` are
+accuracies on the clients' own training samples.
 
     python examples/papers/asyncdrop.py
 """
