@@ -615,7 +615,8 @@ class SubnetTrainer:
         flat_theirs, flat_ours = {**theirs, **theirs["settings"]}, {**ours, **ours["settings"]}
         for flat in (flat_theirs, flat_ours):
             del flat["settings"]
-        if differ := _differences(flat_ours, flat_theirs):
+        known = {name: flat_theirs.get(name) for name in flat_ours}
+        if differ := _differences(flat_ours, known):
             raise CheckpointError(
                 "the checkpoint is of another run",
                 got=", ".join(f"{name}={own!r}" for name, own, _ in differ[:3]),
@@ -925,10 +926,10 @@ def _number(value: float | None) -> float:
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What differs of ours, by the path to it, with both values."""
+    """What differs, by the path to it, with both values: None where there is none."""
     found: list[tuple[str, Any, Any]] = []
-    for name, own in ours.items():
-        other = theirs.get(name)
+    for name in {**ours, **theirs}:
+        own, other = ours.get(name), theirs.get(name)
         if isinstance(own, dict) and isinstance(other, dict):
             found += [(f"{name}.{path}", *both) for path, *both in _differences(own, other)]
         elif own != other:
