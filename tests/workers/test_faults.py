@@ -86,6 +86,7 @@ def test_killed_workers_change_nothing(undisturbed: str, tmp_path: Path):
     assert result.read_text() == undisturbed
 
 
+@pytest.mark.slow
 def test_two_agents_restart_together(undisturbed: str, tmp_path: Path):
     """Agents of torchrun count restarts apart: only that of the dead worker's counts one."""
     listener = listen("127.0.0.1")
