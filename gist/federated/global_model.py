@@ -88,11 +88,9 @@ class GlobalModel:
         wanted = [name for name in parameters if self.tensors[name].requires_grad]
         return self.strategy.selection.trained(wanted, request)
 
-    def returned(self, request: Request, assignment: Assignment) -> list[str]:
+    def returned(self, assignment: Assignment, trained: frozenset[str]) -> frozenset[str]:
         """The tensors of an answer: what was trained, and all that is no parameter."""
-        trained = self.trained(request, assignment)
-        sent = self._sent(assignment)
-        return [name for name in sent if name in trained or name not in self._parameters]
+        return trained | (frozenset(self._sent(assignment)) - self._parameters)
 
     def take(self, request: Request, answer: Answer) -> None:
         """Checks an answer that may be merged; the selection learns from it.
@@ -102,9 +100,10 @@ class GlobalModel:
         """
         if not math.isfinite(answer.losses[1]):
             raise PartitionError("the loss behind an update is no number", got=answer.losses[1])
-        names = self.returned(request, answer.part.assignment)
+        assignment = answer.part.assignment
+        names = self.returned(assignment, self.trained(request, assignment))
         check_part(answer.part, self.spec, names=names, like=self.tensors)
-        for group, (units,) in answer.part.assignment.held.items():
+        for group, (units,) in assignment.held.items():
             self.covered[group][units] += 1
         self.strategy.selection.observe(request, answer, self, self._selection_state)
 

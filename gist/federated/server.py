@@ -142,7 +142,7 @@ class Server(SerialExecutor):
         request, strategy = task.request, self.strategy
         assignment = self.global_model.deal(request)
         trained = self.global_model.trained(request, assignment)
-        returned = self.global_model.returned(request, assignment)
+        returned = self.global_model.returned(assignment, trained)
         program = self._program(assignment, range(1))
         selection = Selection(self.spec, assignment, 0)
         with torch.no_grad():

@@ -215,14 +215,14 @@ def _doubling(width: int, num_blocks: Sequence[int], **kwargs: Any) -> PreActRes
     return PreActResNet(num_blocks, [width * 2**i for i in range(len(num_blocks))], **kwargs)
 
 
-def preact_resnet18(num_classes: int = 10, width: int = 64, **kwargs: Any) -> PreActResNet:
-    """Four stages of 2, 2, 2 and 2 basic blocks, ``width`` to 8 ``width`` wide."""
-    return _doubling(width, (2, 2, 2, 2), block="basic", num_classes=num_classes, **kwargs)
-
-
 def preact_resnet8(num_classes: int = 10, width: int = 16, **kwargs: Any) -> PreActResNet:
     """Three stages of one basic block, ``width`` to 4 ``width`` wide: for small devices."""
     return _doubling(width, (1, 1, 1), block="basic", num_classes=num_classes, **kwargs)
+
+
+def preact_resnet18(num_classes: int = 10, width: int = 64, **kwargs: Any) -> PreActResNet:
+    """Four stages of 2, 2, 2 and 2 basic blocks, ``width`` to 8 ``width`` wide."""
+    return _doubling(width, (2, 2, 2, 2), block="basic", num_classes=num_classes, **kwargs)
 
 
 def preact_resnet20(num_classes: int = 10, width: int = 16, **kwargs: Any) -> PreActResNet:

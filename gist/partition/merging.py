@@ -166,11 +166,7 @@ class DataMean(MergeRule):
 
     def merge_tensor(self, tensor: Tensor, held: Held, state: dict[str, Tensor]) -> None:
         """See :meth:`MergeRule.merge_tensor`."""
-        parts = [piece.part for piece in held.pieces]
-        if self.by == "weight":
-            _average(tensor, held.pieces, [part.weight for part in parts])
-        else:
-            _average(tensor, held.pieces, [part.volume for part in parts])
+        _average(tensor, held.pieces, [getattr(piece.part, self.by) for piece in held.pieces])
 
 
 @dataclass(frozen=True, kw_only=True)

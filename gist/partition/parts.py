@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Part:
             if isinstance(value, bool) or not isinstance(value, kind) or not above < value < 2**63:
                 raise PartitionError(f"the {name} of a part is out of range", got=repr(value)[:80])
 
-    @property
+    @cached_property
     def volume(self) -> int:
         """Number of its entries."""
         return sum(entries.numel() for entries in self.tensors.values())
